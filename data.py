@@ -1,0 +1,371 @@
+"""Images and boxes in: a shapes data set made on the fly, and any folder in the COCO layout.
+
+    B images of a batch, M boxes of one image, C classes. Boxes are (cx, cy, w, h) as fractions of the image without its
+    padding, unless the name says xyxy (corners in pixels). Labels are 0..C-1, whatever the ids in the file.
+
+A data set here has `categories`, `coco_json()` for the evaluation, and items `dataset[epoch, index]`: everything random
+about an item follows from (seed, epoch, index) alone, so it is the same in every process and after a resumed run.
+"""
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is the one line they see."""
+
+
+class Categories:
+    """The one place where category ids of any numbering become labels 0..C-1, and labels become ids again."""
+
+    def __init__(self, ids: list[int], names: list[str]):
+        self.ids, self.names = ids, names
+        self.label_of = {category_id: label for label, category_id in enumerate(ids)}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Sample(NamedTuple):
+    image: Tensor          # (3, H, W) uint8 or normalised float
+    labels: Tensor         # (M,) int64
+    boxes: Tensor          # (M, 4)
+    image_id: int
+    size: tuple[int, int]  # (height, width) of the image as stored, in pixels
+    name: str
+
+
+class Batch(NamedTuple):
+    images: Tensor            # (B, 3, H, W), zero at padding
+    padding_mask: Tensor      # (B, H, W) bool, True at padding
+    gt_labels: list[Tensor]   # B tensors (M_b,)
+    gt_boxes: list[Tensor]    # B tensors (M_b, 4)
+    image_ids: list[int]
+    sizes: list[tuple[int, int]]
+    names: list[str]
+
+    def to(self, device) -> 'Batch':
+        """The same batch on `device`; the copies run beside the computation if the batch lies in pinned memory."""
+        def move(x):
+            return [move(y) for y in x] if isinstance(x, list) else x.to(device, non_blocking=True)
+        return Batch(*(move(x) for x in self[:4]), *self[4:])
+
+    def pin_memory(self) -> 'Batch':
+        def pin(x):
+            return [pin(y) for y in x] if isinstance(x, list) else x.pin_memory()
+        return Batch(*(pin(x) for x in self[:4]), *self[4:])
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Pad all images at the bottom and right to the largest height and width of the batch."""
+    height, width = (max(s.image.shape[d] for s in samples) for d in (1, 2))
+    images = torch.zeros(len(samples), 3, height, width)
+    padding_mask = torch.ones(len(samples), height, width, dtype=torch.bool)
+    for sample, image, mask in zip(samples, images, padding_mask):
+        _, h, w = sample.image.shape
+        image[:, :h, :w] = sample.image
+        mask[:h, :w] = False
+    return Batch(images, padding_mask, [s.labels for s in samples], [s.boxes for s in samples],
+                 [s.image_id for s in samples], [s.size for s in samples], [s.name for s in samples])
+
+
+# --- Shapes, made on the fly --------------------------------------------------------------------------------------------
+
+SHAPES = ('disc', 'ring', 'box', 'frame', 'triangle', 'cross')
+
+
+def shape_mask(label: int, w: int, h: int) -> np.ndarray:
+    """The pixels of a shape that touches all four sides of its (h, w) box: bool (h, w)."""
+    x = (2 * np.arange(w) + 1) / w - 1          # pixel centres, -1..1
+    y = (2 * np.arange(h)[:, None] + 1) / h - 1
+    name = SHAPES[label]
+    if name in ('disc', 'ring'):
+        radius = x * x + y * y
+        return radius <= 1 if name == 'disc' else (radius <= 1) & (radius >= 0.3)
+    if name == 'triangle':
+        return np.abs(x) <= np.maximum((y + 1) / 2 + 0.5 / h, 1.01 / w)
+    if name == 'cross':
+        return (np.abs(x) <= 0.34) | (np.abs(y) <= 0.34)
+    inside = np.ones((h, w), bool)
+    if name == 'frame':
+        inside[(np.abs(y[:, 0]) < 0.55).nonzero()[0][:, None], (np.abs(x) < 0.55).nonzero()[0]] = False
+    return inside
+
+
+def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image `index` of a shapes set: -> uint8 (size,size,3), boxes_xyxy int (M,4), labels int (M,), 1 <= M <= 12.
+
+    Half of the objects stand close to another one of their own class and size, overlapping up to 40 % of the smaller:
+    crowds are where two queries want the same object, and so where matching schemes differ. Thin bars and blocks
+    of texture are no objects. The bits are the same on every machine: numpy's frozen RandomState and exact arithmetic.
+    """
+    rng = np.random.RandomState([seed, index])
+    uniform = iter(rng.random_sample(1200)).__next__
+
+    def between(low, high):   # integer, both ends included
+        return low + int(uniform() * (high - low + 1))
+
+    # Background: two scales of texture in the middle greys, then bars.
+    coarse = rng.randint(70, 150, (4, 4, 3), np.int32).repeat(-(-size // 4), 0).repeat(-(-size // 4), 1)[:size, :size]
+    fine = rng.randint(0, 40, (size // 8 + 1, size // 8 + 1, 3), np.int32).repeat(8, 0).repeat(8, 1)[:size, :size]
+    image = coarse + fine
+    for _ in range(between(0, 6)):
+        thick, long = between(1, max(2, size // 48)), between(size // 8, size // 2)
+        h, w = (thick, long) if uniform() < 0.5 else (long, thick)
+        x, y = between(0, size - w), between(0, size - h)
+        image[y:y + h, x:x + w] = [between(0, 255) for _ in range(3)]
+
+    low, high = size * 10 // 128, size * 56 // 128
+    placed = []   # (x0, y0, x1, y1, label)
+    wanted = 1 + int(12 * uniform() * (0.4 + 0.6 * uniform()))
+    for _ in range(6 * wanted):
+        if len(placed) == wanted:
+            break
+        if placed and uniform() < 0.5:   # a neighbour of an earlier object
+            x0, y0, x1, y1, label = placed[int(uniform() * len(placed))]
+            w, h = (max(low // 2, int(side * (0.85 + 0.3 * uniform()))) for side in (x1 - x0, y1 - y0))
+            across = 1 if uniform() < 0.5 else -1
+            dx, dy = int(across * w * (0.65 + 0.5 * uniform())), int(h * (uniform() - 0.5))
+            x, y = (x0 + dx, y0 + dy) if uniform() < 0.5 else (x0 + int(w * (uniform() - 0.5)), y0 + int(across * h * (0.65 + 0.5 * uniform())))
+        else:
+            label, u = between(0, len(SHAPES) - 1), uniform()
+            side = low + (high - low) * u * u
+            w, h = int(side * (0.75 + 0.5 * uniform())), int(side * (0.75 + 0.5 * uniform()))
+            x, y = between(0, size - w), between(0, size - h)
+        if not (0 <= x <= size - w and 0 <= y <= size - h):
+            continue
+        overlaps = ((max(0, min(x + w, b[2]) - max(x, b[0])) * max(0, min(y + h, b[3]) - max(y, b[1])),
+                     min(w * h, (b[2] - b[0]) * (b[3] - b[1]))) for b in placed)
+        if all(overlap <= 0.4 * smaller for overlap, smaller in overlaps):
+            placed.append((x, y, x + w, y + h, label))
+
+    placed.sort(key=lambda b: -(b[2] - b[0]) * (b[3] - b[1]))   # large first: nothing small is hidden
+    for x0, y0, x1, y1, label in placed:
+        # Far from the background in each channel, but not tied to the class.
+        colour = [between(0, 60) if uniform() < 0.5 else between(195, 255) for _ in range(3)]
+        image[y0:y1, x0:x1][shape_mask(label, x1 - x0, y1 - y0)] = colour
+    noise = np.frombuffer(rng.bytes(size * size * 3), np.uint8).reshape(size, size, 3) >> 3
+    image = (image + noise - 16).clip(0, 255).astype(np.uint8)
+    objects = np.array(placed, dtype=np.int64)
+    return image, objects[:, :4], objects[:, 4]
+
+
+class ShapesDataset(Dataset):
+    """`length` images of `size` x `size` pixels; train and val are drawn with different seeds."""
+
+    def __init__(self, split: str = 'train', length: int = 8000, size: int = 128, seed: int = 0):
+        self.split, self.length, self.size, self.seed = split, length, size, 2 * seed + (split != 'train')
+        self.categories = Categories(list(range(1, len(SHAPES) + 1)), list(SHAPES))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        _, index = key
+        image, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
+        boxes = box_convert(torch.from_numpy(boxes_xyxy).float() / self.size, 'xyxy', 'cxcywh')
+        return Sample(normalise(torch.from_numpy(image).permute(2, 0, 1)), torch.from_numpy(labels), boxes, index,
+                      (self.size, self.size), f'shapes/{self.split}/{index}')
+
+    def coco_json(self) -> dict:
+        annotations = []
+        for index in range(self.length):
+            _, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
+            for (x0, y0, x1, y1), label in zip(boxes_xyxy.tolist(), labels.tolist()):
+                annotations.append({'id': len(annotations) + 1, 'image_id': index, 'category_id': self.categories.ids[label],
+                                    'bbox': [x0, y0, x1 - x0, y1 - y0], 'area': (x1 - x0) * (y1 - y0), 'iscrowd': 0})
+        return {'images': [{'id': i, 'height': self.size, 'width': self.size} for i in range(self.length)],
+                'annotations': annotations, 'categories': categories_json(self.categories)}
+
+
+def categories_json(categories: Categories) -> list[dict]:
+    return [{'id': i, 'name': name} for i, name in zip(categories.ids, categories.names)]
+
+
+def normalise(image: Tensor) -> Tensor:
+    """uint8 (3,H,W) -> float with ImageNet's mean and deviation, as torchvision's pretrained backbones expect."""
+    return v2.functional.normalize(v2.functional.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
+
+
+# --- A folder in the COCO layout ------------------------------------------------------------------------------------------
+
+class RandomSizeCrop:
+    """Crop to a random width and height between `low` and `high` pixels (or the image's own size, if that is less)."""
+
+    def __init__(self, low: int, high: int):
+        self.low, self.high = low, high
+
+    def __call__(self, image: Image.Image, target: dict):
+        def choose(low, high):
+            return int(torch.randint(low, high + 1, ()))
+        w, h = (choose(min(self.low, side), min(self.high, side)) for side in image.size)
+        window = dict(top=choose(0, image.height - h), left=choose(0, image.width - w), height=h, width=w)
+        return v2.functional.crop(image, **window), {**target, 'boxes': v2.functional.crop(target['boxes'], **window)}
+
+
+def train_transforms(size: int):
+    """DETR's augmentation with the short side at most `size` (800 in the papers: 480..800 in steps of 32, crops of
+    384..600 from a short side of 400..600, long side at most 1333); every number shrinks with `size`. Small images
+    also get changed colours, since a model from scratch has not seen a million photographs before."""
+    def part(n):
+        return max(1, round(n * size / 800))
+    resize = v2.RandomChoice([v2.Resize(part(s), max_size=part(1333)) for s in range(480, 801, 32)])
+    shrink = v2.RandomChoice([v2.Resize(part(s)) for s in (400, 500, 600)])
+    crop = v2.Compose([shrink, RandomSizeCrop(part(384), part(600)), resize])
+    colour = [] if size >= 480 else [v2.RandomPhotometricDistort()]
+    return v2.Compose([v2.RandomHorizontalFlip(), *colour, v2.RandomChoice([resize, crop]),
+                       v2.SanitizeBoundingBoxes(min_size=1)])
+
+
+class CocoFolder(Dataset):
+    """A folder with train2017/, val2017/ and annotations/instances_{train,val}2017.json, COCO's own or any other.
+
+    Images without boxes are kept. Crowd boxes and boxes without area do not train, and their number is printed; the
+    evaluation sees the file as it is. Raises UserError, naming the file, if something is missing or unreadable.
+    """
+
+    def __init__(self, root: str, split: str, size: int, augment: bool = False, seed: int = 0):
+        self.folder, self.seed = Path(root) / f'{split}2017', seed
+        file = Path(root) / 'annotations' / f'instances_{split}2017.json'
+        for path, what in ((Path(root), 'data folder'), (self.folder, 'image folder'), (file, 'annotation file')):
+            if not path.exists():
+                raise UserError(f'{what} {path} does not exist (expected DIR/train2017, DIR/val2017 and '
+                                'DIR/annotations/instances_{train,val}2017.json)')
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise UserError(f'{file} is no valid JSON: {error}') from None
+        by_id = sorted(content['categories'], key=lambda c: c['id'])
+        self.categories = Categories([c['id'] for c in by_id], [c['name'] for c in by_id])
+        self.images = [(image['id'], image['file_name'], image['height'], image['width']) for image in content['images']]
+        present = {path.name for path in self.folder.iterdir()}
+        for _, name, _, _ in self.images:
+            if name not in present and not (self.folder / name).exists():
+                raise UserError(f'{file} names the image {name}, which is not in {self.folder}')
+        # One row an annotation: image (as an index), category id, x, y, w, h, area, crowd. Arrays, because lists of
+        # dicts would be copied into every worker process as their reference counts are touched.
+        index_of = {image_id: index for index, (image_id, *_) in enumerate(self.images)}
+        rows = [(index_of[a['image_id']], a['category_id'], *a['bbox'], a.get('area', a['bbox'][2] * a['bbox'][3]),
+                 a.get('iscrowd', 0)) for a in content['annotations']]
+        rows = np.array(rows, dtype=np.float64).reshape(-1, 8)
+        self.rows = rows[np.argsort(rows[:, 0], kind='stable')]
+        self.first = np.searchsorted(self.rows[:, 0], np.arange(len(self.images) + 1))
+        sizes = np.array([(w, h) for _, _, h, w in self.images], dtype=np.float64).reshape(-1, 2)[self.rows[:, 0].astype(int)]
+        corners = np.concatenate([self.rows[:, 2:4], self.rows[:, 2:4] + self.rows[:, 4:6]], 1).clip(0, np.tile(sizes, 2))
+        self.usable = (self.rows[:, 7] == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
+        if not self.usable.all():
+            first = self.images[int(self.rows[~self.usable][0, 0])][1]
+            print(f'{file}: {int((~self.usable).sum())} of {len(self.rows)} boxes are crowds or have no area and do not '
+                  f'train; the first is in {first}')
+        self.corners = corners.astype(np.float32)
+        self.transforms = train_transforms(size) if augment else v2.Resize(size, max_size=round(size * 1333 / 800))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        image_id, name, height, width = self.images[index]
+        try:
+            image = Image.open(self.folder / name).convert('RGB')
+        except (OSError, SyntaxError) as error:   # SyntaxError is what Pillow says to some broken PNG files
+            raise UserError(f'cannot read the image {self.folder / name}: {error}') from None
+        rows = slice(self.first[index], self.first[index + 1])
+        usable = self.usable[rows]
+        target = {'boxes': tv_tensors.BoundingBoxes(torch.from_numpy(self.corners[rows][usable]).reshape(-1, 4),
+                                                    format='XYXY', canvas_size=(height, width)),
+                  'labels': torch.tensor([self.categories.label_of[int(i)] for i in self.rows[rows][usable, 1]], dtype=torch.int64)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1)))
+            image, target = self.transforms(image, target)
+        boxes = box_convert(target['boxes'].as_subclass(Tensor), 'xyxy', 'cxcywh')
+        boxes = boxes / torch.tensor([image.width, image.height] * 2)
+        return Sample(normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes, image_id, (height, width),
+                      str(self.folder / name))
+
+    def coco_json(self) -> dict:
+        annotations = [{'id': i + 1, 'image_id': self.images[int(image)][0], 'category_id': int(category), 'bbox': bbox,
+                        'area': area, 'iscrowd': int(crowd)}
+                       for i, (image, category, *bbox, area, crowd) in enumerate(self.rows.tolist())]
+        return {'images': [{'id': i, 'height': h, 'width': w} for i, _, h, w in self.images],
+                'annotations': annotations, 'categories': categories_json(self.categories)}
+
+
+class FirstImages(Dataset):
+    """The first `n` images of another data set: what `--overfit` trains and evaluates on."""
+
+    def __init__(self, dataset: Dataset, n: int):
+        self.dataset, self.n, self.categories = dataset, min(n, len(dataset)), dataset.categories
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        return self.dataset[key]
+
+    def coco_json(self) -> dict:
+        content = self.dataset.coco_json()
+        images = content['images'][:self.n]
+        ids = {image['id'] for image in images}
+        return {**content, 'images': images, 'annotations': [a for a in content['annotations'] if a['image_id'] in ids]}
+
+
+def open_dataset(name: str, split: str, size: int, augment: bool = False, seed: int = 0) -> Dataset:
+    """'shapes' or a folder in the COCO layout -> data set; split is 'train' or 'val'."""
+    if name == 'shapes':
+        return ShapesDataset(split, 8000 if split == 'train' else 500, size, seed)
+    return CocoFolder(name, split, size, augment, seed)
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------------
+
+class TrainBatches(Sampler):
+    """The (epoch, index) pairs of this process for the steps start..steps-1: a new order each epoch, no image left out.
+
+    Position p of the endless stream of images lies in epoch p // n. A run that starts at a later step therefore sees
+    what an uninterrupted one would have seen, and W processes see together what one with W times the batch would.
+    """
+
+    def __init__(self, n: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1):
+        super().__init__()
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.firsts = [(step * world + rank) * batch_size for step in range(start, steps)]
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __iter__(self):
+        order_of = {}
+        for first in self.firsts:
+            batch = []
+            for position in range(first, first + self.batch_size):
+                epoch, place = divmod(position, self.n)
+                if epoch not in order_of:
+                    order_of = {e: order_of[e] for e in order_of if e == epoch - 1}
+                    order_of[epoch] = np.random.RandomState([self.seed, epoch]).permutation(self.n)
+                batch.append((epoch, int(order_of[epoch][place])))
+            yield batch
+
+
+def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, world=1, pin=False) -> DataLoader:
+    return DataLoader(dataset, batch_sampler=TrainBatches(len(dataset), batch_size, steps, seed, start, rank, world),
+                      collate_fn=collate, num_workers=workers, pin_memory=pin)
+
+
+def val_loader(dataset, batch_size, workers, rank=0, world=1) -> DataLoader:
+    """Every image once, in order; process `rank` of `world` takes every world-th."""
+    keys = [(0, index) for index in range(rank, len(dataset), world)]
+    batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)

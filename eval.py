@@ -1,0 +1,262 @@
+"""COCO average precision, result files and pictures for a trained detector.
+
+    python eval.py --weights runs/group/checkpoint.pt                          its own data, the 12 COCO numbers
+    python eval.py --weights runs/group/checkpoint.pt --pictures 8             ground truth beside predictions
+    python eval.py --weights official.pth --data COCO                          a checkpoint of HDETR/H-Deformable-DETR
+
+Letters as in hybrid_detr.py: B images, L decoder layers, N queries, C classes.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import batched_nms, box_convert
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes
+from tqdm import tqdm
+
+from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages, UserError, open_dataset,
+                  val_loader)
+from hybrid_detr import HybridDETR, Outputs, from_official
+
+METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
+           'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large')
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------------
+
+def read_checkpoint(path: str) -> dict:
+    """The content of a checkpoint file, as data: no code in it is run. Raises UserError if it cannot be read."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):   # the official files hold their settings in one
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'checkpoint {path} does not exist') from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f'{path} is no readable checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}') from None
+    if not isinstance(content, dict) or not isinstance(content.get('model'), dict):
+        raise UserError(f"{path} is no checkpoint of a detector: it has no entry 'model'")
+    return content
+
+
+def is_official(checkpoint: dict) -> bool:
+    return 'architecture' not in checkpoint
+
+
+def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
+    """-> the model in eval mode, the categories of its columns (None: COCO's raw ids), the settings it was trained with.
+
+    Raises UserError if the file does not hold a detector of this project or of HDETR/H-Deformable-DETR.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        if is_official(checkpoint):
+            rows = len(checkpoint['model'].get('query_embed.weight', range(300)))
+            return from_official(checkpoint['model'], (300, rows - 300) if rows > 300 else (rows,)).eval(), None, {}
+        model = HybridDETR(**checkpoint['architecture'])
+        model.load_state_dict(checkpoint['model'])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f'{path}: {error}') from None
+    return model.eval(), Categories(**checkpoint['categories']), checkpoint['settings']
+
+
+# --- From outputs to detections --------------------------------------------------------------------------------------------
+
+def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, nms: float | None = None):
+    """The `top` best of all N*C scores of the last layer, without NMS unless asked: -> per image scores (k,) in falling
+    order, labels (k,), boxes_xyxy (k,4) in pixels of the stored image. k = min(top, N*C), less with NMS.
+
+    A query may appear with several classes (Deformable DETR's official post-processing, 100 in H-DETR's).
+    """
+    probability = outputs.pred_logits[-1].float().sigmoid()                                             # (B, N, C)
+    B, N, C = probability.shape
+    scores, flat = probability.flatten(1).topk(min(top, N * C), 1)
+    labels, query = flat % C, flat // C
+    boxes = box_convert(outputs.pred_boxes[-1].float(), 'cxcywh', 'xyxy').gather(1, query[..., None].expand(-1, -1, 4))
+    boxes = boxes * torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device)[:, None]
+    kept = []
+    for s, l, b in zip(scores, labels, boxes):
+        keep = slice(None) if nms is None else batched_nms(b, s, l, nms)
+        kept.append((s[keep], l[keep], b[keep]))
+    return kept
+
+
+@torch.inference_mode()
+def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: int, workers: int, nms: float | None = None,
+           group: int = 0) -> np.ndarray:
+    """Run the detector over a data set: rows of (image id, x, y, w, h, score, category id). ids: category of each column.
+
+    Under torchrun every process takes its share of the images, and all get all rows. The model is left as it was.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, was_training = next(model.parameters()).device, model.training
+    rows, id_of = [np.zeros((0, 7))], np.array(ids)
+    model.eval()
+    for batch in tqdm(val_loader(dataset, batch_size, workers, rank, world), desc='evaluate', leave=False, disable=rank > 0 or None):
+        batch = batch.to(device)
+        outputs = model(batch.images, batch.padding_mask, group)
+        for image_id, (scores, labels, boxes) in zip(batch.image_ids, detections(outputs, batch.sizes, nms=nms)):
+            xywh = box_convert(boxes, 'xyxy', 'xywh').double().cpu().numpy()
+            rows.append(np.column_stack([np.full(len(xywh), image_id), xywh, scores.double().cpu(), id_of[labels.cpu()]]))
+    model.train(was_training)
+    rows = np.concatenate(rows)
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, rows)
+        rows = np.concatenate(shares)
+    return rows
+
+
+def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False):
+    """pycocotools' 12 numbers for the rows of `detect`, by name, and AP by category id; table=True prints its table."""
+    from pycocotools.coco import COCO   # only needed here: training and inference run without it
+    from pycocotools.cocoeval import COCOeval
+    if not coco_json['images']:
+        raise UserError('there are no images to evaluate on')
+    chatter = io.StringIO()
+    with contextlib.redirect_stdout(chatter):
+        truth = COCO()
+        truth.dataset = coco_json
+        truth.createIndex()
+        found = truth.loadRes(rows) if len(rows) else COCO()
+        if not len(rows):
+            found.dataset = {'images': coco_json['images'], 'annotations': [], 'categories': coco_json['categories']}
+            found.createIndex()
+        evaluation = COCOeval(truth, found, 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+    with contextlib.nullcontext() if table else contextlib.redirect_stdout(chatter):
+        evaluation.summarize()
+    precision = evaluation.eval['precision'][:, :, :, 0, -1]   # (IoU thresholds, recalls, classes); -1: no ground truth
+    by_class = {category_id: float(precision[..., k][precision[..., k] > -1].mean()) if (precision[..., k] > -1).any() else float('nan')
+                for k, category_id in enumerate(evaluation.params.catIds)}
+    return dict(zip(METRICS, evaluation.stats.tolist())), by_class
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------------------------
+
+def as_picture(image: Tensor) -> Tensor:
+    """Undo `data.normalise`: float (3,H,W) -> uint8 (3,H,W)."""
+    mean, std = (torch.tensor(x, device=image.device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return v2.functional.to_dtype((image * std + mean).clamp(0, 1), torch.uint8, scale=True).cpu()
+
+
+# Okabe and Ito's colours, told apart by the colour-blind and in print; a class keeps its colour in both pictures.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442', '#000000')
+
+
+def draw_boxes(picture: Tensor, boxes: Tensor, labels: list[int], texts: list[str]) -> Tensor:
+    """uint8 (3,H,W) and boxes (M,4) as fractions -> the picture with boxes and texts, its short side at least 384."""
+    scale = max(1, -(-384 // min(picture.shape[1:])))
+    picture = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    if not len(boxes):
+        return picture
+    height, width = picture.shape[1:]
+    corners = box_convert(boxes.cpu(), 'cxcywh', 'xyxy').clamp(0, 1) * torch.tensor([width - 1, height - 1] * 2)
+    colours = [COLOURS[label % len(COLOURS)] for label in labels]
+    return draw_bounding_boxes(picture, corners, texts, colors=colours, width=2, label_colors='white',
+                               label_background_colors=colours, fill_labels=True)
+
+
+@torch.inference_mode()
+def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: Path, n: int = 4, threshold: float = 0.4,
+                     nms: float | None = None, group: int = 0) -> None:
+    """Save a PNG with a row for each of the first n images: ground truth left, predictions of score >= threshold right."""
+    device, was_training, rows = next(model.parameters()).device, model.training, []
+    names = dict(zip(dataset.categories.ids, dataset.categories.names))
+    model.eval()
+    for batch in val_loader(FirstImages(dataset, n), 1, 0):
+        outputs = model(batch.images.to(device), batch.padding_mask.to(device), group)
+        (scores, labels, boxes), = detections(outputs, [(1, 1)], nms=nms)
+        good = scores >= threshold
+        shown = [dataset.categories.label_of.get(ids[label], 0) for label in labels[good].tolist()]
+        texts = [f'{names.get(ids[label], ids[label])} {score:.2f}' for label, score in zip(labels[good].tolist(), scores[good].tolist())]
+        picture, truth = as_picture(batch.images[0]), batch.gt_labels[0].tolist()
+        pair = [draw_boxes(picture, batch.gt_boxes[0], truth, [dataset.categories.names[label] for label in truth]),
+                draw_boxes(picture, box_convert(boxes[good], 'xyxy', 'cxcywh'), shown, texts)]
+        rows.append(torch.cat([pair[0], pair[0].new_full((3, pair[0].shape[1], 8), 255), pair[1]], 2))
+    model.train(was_training)
+    width = max(row.shape[2] for row in rows)
+    rows = [v2.functional.pad(row, [0, 0, width - row.shape[2], 8], fill=255) for row in rows]
+    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(path)
+
+
+# --- The command ---------------------------------------------------------------------------------------------------------------
+
+def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int) -> list[int]:
+    """The data set's category id of every class column. Raises UserError if the model was trained for other categories."""
+    theirs = dataset.categories
+    if model_categories is None:   # an official checkpoint: column c is COCO's raw category id c; column 0 and gaps stay unused
+        if max(theirs.ids) >= columns:
+            raise UserError(f'the checkpoint has {columns} columns for raw category ids, but the data has id {max(theirs.ids)}')
+        return list(range(columns))
+    if model_categories.ids != theirs.ids:
+        raise UserError(f'the checkpoint detects {len(model_categories)} classes ({", ".join(model_categories.names[:6])}...) with ids '
+                        f'{model_categories.ids[:6]}, the data has {len(theirs)} ({", ".join(theirs.names[:6])}...) with ids {theirs.ids[:6]}')
+    return theirs.ids
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--weights', required=True, help='checkpoint of train.py or of HDETR/H-Deformable-DETR')
+    parser.add_argument('--data', help="'shapes' or a folder in the COCO layout (default: what the checkpoint was trained on)")
+    parser.add_argument('--split', choices=('val', 'train'), default='val', help='which part of the data')
+    parser.add_argument('--image-size', type=int, help='short side of the resized image (default: as in training)')
+    parser.add_argument('--batch-size', type=int, default=8, help='images at a time')
+    parser.add_argument('--workers', type=int, default=2, help='processes that load images')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda or cpu')
+    parser.add_argument('--group', type=int, default=0, help='query group to evaluate; 0 is the detector')
+    parser.add_argument('--nms', type=float, help='remove boxes that overlap a better one of their class at this IoU')
+    parser.add_argument('--per-class', action='store_true', help='print the AP of each class')
+    parser.add_argument('--save-json', help="write the detections in COCO's results format to this file")
+    parser.add_argument('--pictures', type=int, default=0, metavar='N', help='draw ground truth and predictions of N images')
+    parser.add_argument('--picture-file', default='predictions.png', help='where --pictures draws')
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    model, categories, settings = load_detector(args.weights)
+    if not 0 <= args.group < len(model.groups):
+        raise UserError(f'--group {args.group}: the model has the groups 0..{len(model.groups) - 1} of {model.groups} queries')
+    name = args.data or settings.get('data')
+    if name is None:
+        raise UserError('an official checkpoint does not say on what to evaluate: add --data COCO')
+    size = args.image_size or settings.get('image_size', 800)
+    dataset = open_dataset(name, args.split, size, seed=settings.get('seed', 0))
+    model.to(args.device)
+    ids = ids_for(categories, dataset, model.class_heads[0].out_features)
+    rows = detect(model, dataset, ids, batch_size=args.batch_size, workers=args.workers, nms=args.nms, group=args.group)
+    if args.save_json:
+        results = [{'image_id': int(r[0]), 'category_id': int(r[6]), 'bbox': [round(x, 3) for x in r[1:5]], 'score': r[5]} for r in rows.tolist()]
+        Path(args.save_json).write_text(json.dumps(results))
+        print(f'{len(results)} detections written to {args.save_json}')
+    _, by_class = average_precision(dataset.coco_json(), rows, table=True)
+    if args.per_class:
+        for category_id, name in zip(dataset.categories.ids, dataset.categories.names):
+            print(f'{name:24} AP {by_class[category_id]:.3f}')
+    if args.pictures:
+        draw_predictions(model, dataset, ids, Path(args.picture_file), args.pictures, nms=args.nms, group=args.group)
+        print(f'picture: {args.picture_file}')
+
+
+def run_command(main) -> None:
+    """Run a command; what the user can mend ends it with one line and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f'{Path(sys.argv[0]).name}: {error}')
+
+
+if __name__ == '__main__':
+    run_command(main)

@@ -1,0 +1,510 @@
+"""The detector of the papers: two-stage Deformable DETR, whose query row is cut into groups that do not see each other.
+
+    image -> backbone -> pyramid of V levels, flattened to S tokens -> encoder (deformable self-attention)
+          -> every token proposes a box; the best N become queries -> decoder -> a box and C class scores per query
+
+Letters: B images, L decoder layers, N queries, C classes, S tokens (cells of all levels), D width, V levels, P sampling
+points per level, E pairs of encoder heads. Shapes are written behind the line that makes them. Boxes are (cx, cy, w, h)
+as fractions of the image; a mask is True at padding.
+
+Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR (equal groups, A.2).
+"Official code" is HDETR/H-Deformable-DETR, whose checkpoints load with `from_official` and give the same outputs.
+This file needs torch and torchvision only, and can be copied alone.
+"""
+import copy
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FrozenBatchNorm2d
+
+
+class Outputs(NamedTuple):
+    pred_logits: Tensor      # (L, B, N, C): sigmoid scores, class c of 0..C-1 in column c, no background column
+    pred_boxes: Tensor       # (L, B, N, 4)
+    encoder_logits: Tensor   # (E, B, S, C): column 0 ranks the tokens, "object or not"
+    encoder_boxes: Tensor    # (E, B, S, 4)
+
+
+# --- Backbones ---------------------------------------------------------------------------------------------------------
+
+class TinyBackbone(nn.Sequential):
+    """Strides 8, 16, 32 from scratch: small enough to train on a laptop. (B,3,H,W) -> three maps."""
+    channels = (96, 128, 192)
+
+    def __init__(self):
+        def conv(c_in, c_out, stride):
+            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+        super().__init__(
+            nn.Sequential(conv(3, 24, 2), conv(24, 48, 2), conv(48, 48, 1), conv(48, 96, 2), conv(96, 96, 1)),
+            nn.Sequential(conv(96, 128, 2), conv(128, 128, 1)),
+            nn.Sequential(conv(128, 192, 2), conv(192, 192, 1)))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self:
+            images = stage(images)
+            maps.append(images)
+        return maps
+
+
+class Backbone(nn.Module):
+    """A torchvision ResNet or Swin by name: (B,3,H,W) -> maps of stride 8, 16, 32.
+
+    frozen=True is the papers' setting for ImageNet weights: batch norm is frozen, and a ResNet's stem and first stage
+    do not train. The weights themselves come from `load_imagenet`, so that building a model never needs a network.
+    Raises ValueError for a name torchvision has not, or that is neither a ResNet nor a Swin.
+    """
+
+    def __init__(self, name: str, frozen: bool = True):
+        super().__init__()
+        self.name = name
+        if not re.fullmatch(r'(resnet|resnext|wide_resnet|swin).*', name) or name not in torchvision.models.list_models():
+            raise ValueError(f'unknown backbone {name!r}: "tiny", or a ResNet or Swin of torchvision such as resnet50, swin_t')
+        swin = name.startswith('swin')
+        norm = {'norm_layer': FrozenBatchNorm2d} if frozen and not swin else {}
+        nodes = ('features.3', 'features.5', 'features.7') if swin else ('layer2', 'layer3', 'layer4')
+        self.body = create_feature_extractor(torchvision.models.get_model(name, weights=None, **norm), list(nodes))
+        self.channels_last = swin
+        self.channels = tuple(m.shape[1] for m in copy.deepcopy(self).eval()(torch.zeros(1, 3, 64, 64)))
+        if frozen:
+            for parameter_name, parameter in self.body.named_parameters():
+                parameter.requires_grad_(not parameter_name.startswith(('conv1', 'bn1', 'layer1')))
+
+    def load_imagenet(self) -> None:
+        """Fetch torchvision's first ImageNet weights, those of the papers. Raises URLError without a network."""
+        state = torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.get_state_dict(progress=True)
+        self.body.load_state_dict({k: v for k, v in state.items() if k in self.body.state_dict()})
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = list(self.body(images).values())
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
+
+
+# --- Where a token is ---------------------------------------------------------------------------------------------------
+
+def sine_code(numbers: Tensor, channels: int) -> Tensor:
+    """Sine code of each number, `channels` of them apiece: (..., n) -> (..., n * channels), sin and cos interleaved."""
+    k = torch.arange(channels // 2, device=numbers.device)
+    angle = numbers[..., None] * 2 * math.pi / 10000 ** (2 * k / channels)             # (..., n, channels/2)
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3)
+
+
+class Geometry(NamedTuple):
+    """Where the S tokens of a padded batch lie; depends on the padding alone."""
+    shapes: list[tuple[int, int]]   # (h, w) of each level
+    padding: Tensor                 # (B, S) bool
+    valid_ratios: Tensor            # (B, V, 2): the part of each level's width and height that is image
+    position: Tensor                # (B, S, D): sine code of the cell + the learned code of its level
+    centres: Tensor                 # (B, S, 2): centre of the cell, in fractions of the image without its padding
+    level: Tensor                   # (S,): level of each token
+
+
+def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: Tensor) -> Geometry:
+    """(B,H,W) bool, the level shapes and (V,D) -> everything that follows from where the padding is."""
+    paddings, ratios, positions, centres = [], [], [], []
+    for h, w in shapes:
+        padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()                # (B, h, w)
+        valid = ~padding
+        valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1).to(level_embed)         # (B, 2)
+        ratios.append(valid_wh / valid_wh.new_tensor([w, h]))
+        # Cells are counted along y and x over the valid part only, so that 0..1 spans the image, not its padding.
+        count = torch.stack([valid.cumsum(1), valid.cumsum(2)], -1).to(level_embed)                     # (B, h, w, 2): y, x
+        last = torch.stack([count[:, -1:, :, 0].expand(-1, h, -1), count[:, :, -1:, 1].expand(-1, -1, w)], -1)
+        positions.append(sine_code((count - 0.5) / (last + 1e-6), level_embed.shape[1] // 2).flatten(1, 2))
+        y, x = torch.meshgrid(torch.arange(h, device=valid.device), torch.arange(w, device=valid.device), indexing='ij')
+        centres.append((torch.stack([x, y], -1) + 0.5).flatten(0, 1) / valid_wh[:, None])               # (B, h*w, 2)
+        paddings.append(padding.flatten(1))
+    level = torch.arange(len(shapes), device=padding_mask.device).repeat_interleave(
+        torch.tensor([h * w for h, w in shapes], device=padding_mask.device), output_size=sum(h * w for h, w in shapes))
+    return Geometry(shapes, torch.cat(paddings, 1), torch.stack(ratios, 1),
+                    torch.cat(positions, 1) + level_embed[level], torch.cat(centres, 1), level)
+
+
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    return torch.logit(x, eps=1e-5)
+
+
+# --- Attention -----------------------------------------------------------------------------------------------------------
+
+def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
+
+    value (B,S,heads,d), locations (B,N,heads,V,P,2) as x, y in 0..1, weights (B,N,heads,V,P) -> (B,N,heads*d).
+    Outside a level the value is 0. One `grid_sample` per level: of the pure PyTorch forms tried it was the fastest in
+    forward plus backward on the CPU (one gather over all levels took 2 to 6 times as long, embedding_bag 1.4 to 4).
+    """
+    B, _, heads, d = value.shape
+    N = locations.shape[1]
+    grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)              # (V, B*heads, N, P, 2), -1..1
+    weights = weights.permute(3, 0, 2, 1, 4).reshape(len(shapes), B * heads, 1, N, -1)
+    out = 0
+    for v, level in enumerate(value.split([h * w for h, w in shapes], 1)):
+        level = level.permute(0, 2, 3, 1).reshape(B * heads, d, *shapes[v])
+        sampled = F.grid_sample(level, grid[v], padding_mode='zeros', align_corners=False)              # (B*heads, d, N, P)
+        out = out + (sampled * weights[v]).sum(-1)
+    return out.view(B, heads * d, N).transpose(1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """Each query looks at P points per level and head around its reference; where and how much, it predicts itself."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+
+    def reset_parameters(self) -> None:
+        """At the start head h looks in direction 2 pi h / heads, point p at distance p + 1, all with equal weight."""
+        for linear in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)                                  # (heads, 2)
+        distance = torch.arange(1, self.points + 1)
+        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, self.levels, -1, -1)        # (heads, V, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes, padding: Tensor) -> Tensor:
+        """query (B,N,D), reference (B,N,V,2) or (B,N,V,4), tokens (B,S,D), padding (B,S) -> (B,N,D)."""
+        B, N, _ = query.shape
+        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)   # after the projection: its bias too
+        offsets = self.sampling_offsets(query).view(B, N, self.heads, self.levels, self.points, 2)
+        weights = self.attention_weights(query).view(B, N, self.heads, -1).softmax(-1)   # over levels and points
+        reference = reference[:, :, None, :, None]                                                      # (B, N, 1, V, 1, .)
+        if reference.shape[-1] == 2:   # a point: offsets count in cells of the level
+            locations = reference + offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
+        else:                          # a box: offsets count in half box sizes, divided by the number of points
+            locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
+        weights = weights.view(B, N, self.heads, self.levels, self.points)
+        return self.output_proj(deformable_attention(value.unflatten(-1, (self.heads, -1)), shapes, locations, weights))
+
+
+class GroupSelfAttention(nn.Module):
+    """Multi-head self-attention inside each group of the query row, and never across (Group DETR Eq. 5).
+
+    The papers put all queries into one attention and mask the (N,N) matrix (H-DETR §3.2.1). Here groups of one size
+    are folded into the batch, others attend one after the other: the same numbers, no mask, and the cost is the sum
+    of n^2 instead of N^2.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, content: Tensor, position: Tensor, groups: Sequence[int]) -> Tensor:
+        """content, position (B,N,D), groups: sizes that sum to N -> (B,N,D). Position is no part of the value."""
+        D = content.shape[-1]
+        q, k = F.linear(content + position, self.in_proj.weight[:2 * D], self.in_proj.bias[:2 * D]).chunk(2, -1)
+        v = F.linear(content, self.in_proj.weight[2 * D:], self.in_proj.bias[2 * D:])
+        if len(set(groups)) == 1:
+            out = self.attend(*(x.unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v)))    # (B*G, n, D)
+            out = out.reshape(content.shape)
+        else:
+            out = torch.cat([self.attend(*qkv) for qkv in zip(*(x.split(groups, 1) for x in (q, k, v)))], 1)
+        return self.out_proj(out)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))                # (B, heads, n, d)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2)
+
+
+# --- Layers ----------------------------------------------------------------------------------------------------------------
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, ffn: int, dropout: float):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, width, heads, levels, points, ffn, dropout):
+        super().__init__()
+        self.attention, self.norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
+        self.dropout, self.ffn = nn.Dropout(dropout), FeedForward(width, ffn, dropout)
+
+    def forward(self, tokens, position, reference, shapes, padding):
+        """tokens, position (B,S,D), reference (B,S,V,2) -> (B,S,D). Position goes into the query, never the value."""
+        attended = self.attention(tokens + position, reference, tokens, shapes, padding)
+        return self.ffn(self.norm(tokens + self.dropout(attended)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, width, heads, levels, points, ffn, dropout):
+        super().__init__()
+        self.self_attention, self.self_norm = GroupSelfAttention(width, heads, dropout), nn.LayerNorm(width)
+        self.cross_attention, self.cross_norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
+        self.dropout, self.ffn = nn.Dropout(dropout), FeedForward(width, ffn, dropout)
+
+    def forward(self, content, position, groups, reference, tokens, shapes, padding):
+        """content, position (B,N,D), reference (B,N,V,4), tokens (B,S,D) -> (B,N,D).
+
+        Only self-attention lets queries see each other. It is what makes one of two equal queries give way, so a
+        group whose assignment is one-to-one has to be alone in it.
+        """
+        content = self.self_norm(content + self.dropout(self.self_attention(content, position, groups)))
+        attended = self.cross_attention(content + position, reference, tokens, shapes, padding)
+        return self.ffn(self.cross_norm(content + self.dropout(attended)))
+
+
+def clones(module: nn.Module, n: int) -> nn.ModuleList:
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(n))
+
+
+# --- The detector -----------------------------------------------------------------------------------------------------------
+
+class HybridDETR(nn.Module):
+    """Two-stage Deformable DETR on a query row cut into groups.
+
+    groups: queries of each group, e.g. (300, 1500) for H-DETR's hybrid branch, (300,) * 11 for Group DETR.
+    encoder_heads: 1, or one pair per group, each choosing its own group's proposals (Group DETR A.2).
+    ffn=2048, dropout=0, mixed_selection, look_forward_twice: the switches of H-DETR Table 8, in the paper's best row.
+    backbone: 'tiny' or a name for `Backbone`; frozen_backbone: see there.
+    Raises ValueError if encoder_heads fits neither.
+    """
+
+    def __init__(self, num_classes: int, groups: Sequence[int] = (300,), backbone: str = 'resnet50', *,
+                 frozen_backbone: bool = True, width: int = 256, heads: int = 8, encoder_layers: int = 6,
+                 decoder_layers: int = 6, ffn: int = 2048, points: int = 4, levels: int = 4, dropout: float = 0.0,
+                 mixed_selection: bool = True, look_forward_twice: bool = True, encoder_heads: int = 1):
+        super().__init__()
+        if encoder_heads not in (1, len(groups)):
+            raise ValueError(f'{encoder_heads} encoder heads for {len(groups)} groups: use 1, or one for each group')
+        self.groups, self.look_forward_twice = tuple(groups), look_forward_twice
+        self.backbone = TinyBackbone() if backbone == 'tiny' else Backbone(backbone, frozen_backbone)
+        channels = self.backbone.channels
+        # Levels beyond the backbone's three: a stride-2 convolution on its last map, before any projection.
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels[v], width, 1) if v < len(channels) else
+                          nn.Conv2d(channels[-1] if v == len(channels) else width, width, 3, 2, 1),
+                          nn.GroupNorm(32, width)) for v in range(levels))
+        self.level_embed = nn.Parameter(torch.empty(levels, width))
+        self.encoder = clones(EncoderLayer(width, heads, levels, points, ffn, dropout), encoder_layers)
+        self.decoder = clones(DecoderLayer(width, heads, levels, points, ffn, dropout), decoder_layers)
+        self.proposal_proj = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
+        self.query_content = nn.Parameter(torch.empty(sum(groups), width)) if mixed_selection else None
+        class_head = nn.Linear(width, num_classes)
+        box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+        self.class_heads, self.box_heads = clones(class_head, decoder_layers), clones(box_head, decoder_layers)
+        self.encoder_class_heads, self.encoder_box_heads = clones(class_head, encoder_heads), clones(box_head, encoder_heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the official code: Xavier for every matrix of the transformer; heads that say "score 0.01, box unmoved"."""
+        for module in (self.encoder, self.decoder, self.proposal_proj, self.position_proj):
+            for parameter in module.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.reset_parameters()
+            if isinstance(module, GroupSelfAttention):
+                nn.init.zeros_(module.in_proj.bias)
+                nn.init.zeros_(module.out_proj.bias)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        nn.init.normal_(self.level_embed)
+        if self.query_content is not None:
+            nn.init.normal_(self.query_content)
+        for head in (*self.class_heads, *self.encoder_class_heads):
+            nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+        for head in (*self.box_heads, *self.encoder_box_heads):
+            nn.init.zeros_(head[-1].weight)
+            nn.init.zeros_(head[-1].bias)
+
+    def forward(self, images: Tensor, padding_mask: Tensor, group: int | None = None) -> Outputs:
+        """images (B,3,H,W), padding_mask (B,H,W) bool -> Outputs.
+
+        In train() every group of the row runs, in eval() only the first; `group` asks for a single other one.
+        Raises ValueError if the image has fewer tokens than queries to choose from them.
+        """
+        if group is None and not self.training:
+            group = 0
+        tokens, shapes = self.pyramid(images)                                                           # (B, S, D)
+        where = geometry(padding_mask, shapes, self.level_embed)
+        reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
+        for layer in self.encoder:
+            tokens = layer(tokens, where.position, reference, shapes, where.padding)
+
+        encoder_logits, encoder_boxes_unact = self.propose(tokens, where, group)
+        boxes, content, position, groups = self.select(encoder_logits, encoder_boxes_unact, group)
+        pred_logits, pred_boxes = self.decode(boxes, content, position, groups, tokens, where)
+        return Outputs(pred_logits, pred_boxes, encoder_logits, encoder_boxes_unact.sigmoid())
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Backbone maps projected to one width and flattened: (B,3,H,W) -> (B,S,D), fine levels first."""
+        maps = self.backbone(images)
+        levels = []
+        for v, projection in enumerate(self.input_proj):
+            source = maps[v] if v < len(maps) else maps[-1] if v == len(maps) else levels[-1]
+            levels.append(projection(source))
+        return torch.cat([m.flatten(2).transpose(1, 2) for m in levels], 1), [tuple(m.shape[2:]) for m in levels]
+
+    def propose(self, tokens: Tensor, where: Geometry, group: int | None) -> tuple[Tensor, Tensor]:
+        """Every token proposes a box (before the sigmoid) and a score: (B,S,D) -> (E,B,S,C), (E,B,S,4).
+
+        A token stands for a box of 0.05 * 2^level around its centre; its head only shifts it. Padded tokens and boxes
+        that come near the border are ruled out: features 0, box logits +inf, so they share one score and the box
+        (1,1,1,1), stay in the loss as background, and may even be chosen if nothing better is left (official code).
+        """
+        size = 0.05 * 2.0 ** where.level.to(where.centres)
+        proposal = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)               # (B, S, 4)
+        invalid = where.padding | ~((proposal > 0.01) & (proposal < 0.99)).all(-1)
+        proposal = (proposal / (1 - proposal)).log().masked_fill(invalid[..., None], math.inf)
+        features = self.proposal_proj(tokens.masked_fill(invalid[..., None], 0.0))
+        heads = range(len(self.encoder_class_heads)) if group is None else [min(group, len(self.encoder_class_heads) - 1)]
+        logits = torch.stack([self.encoder_class_heads[e](features) for e in heads])
+        boxes = torch.stack([self.encoder_box_heads[e](features) for e in heads]) + proposal
+        return logits, boxes
+
+    def select(self, logits: Tensor, boxes_unact: Tensor, group: int | None):
+        """Two-stage: the tokens with the best scores become the queries of the row.
+
+        With one encoder head, the row holds the ranks 1, 2, 3, ...: the first group gets the best proposals and
+        the others what is left (official code; H-DETR App. D names this as the reason why K=1 is worse than the
+        baseline). With a head for each group, each takes its own best (Group DETR A.2).
+        Returns boxes (B,N,4) without gradient, content and position (B,N,D), and the sizes of the groups present.
+        """
+        sizes = self.groups if group is None else self.groups[group:group + 1]
+        first = 0 if group is None else sum(self.groups[:group])
+        scores = logits[..., 0]                                                                         # (E, B, S)
+        if len(self.encoder_class_heads) == 1:
+            wanted = [(0, first, first + sum(sizes))]
+        else:
+            wanted = [(e, 0, size) for e, size in enumerate(sizes)]
+        if max(last for _, _, last in wanted) > scores.shape[2]:
+            raise ValueError(f'the image has {scores.shape[2]} tokens, too few to choose {wanted[-1][2]} queries from: '
+                             'use larger images or fewer queries')
+        boxes = torch.cat([boxes_unact[e].gather(1, scores[e].topk(last, 1).indices[:, begin:, None].expand(-1, -1, 4))
+                           for e, begin, last in wanted], 1).detach().sigmoid()                         # (B, N, 4)
+        code = sine_code(boxes, self.level_embed.shape[1] // 2)                                        # (B, N, 2D)
+        position, content = self.position_proj(code).chunk(2, -1)
+        if self.query_content is not None:   # mixed query selection: position from the image, content learned
+            content = self.query_content[first:first + sum(sizes)].expand(len(boxes), -1, -1)
+        return boxes, content, position, sizes
+
+    def decode(self, boxes, content, position, groups, tokens, where) -> tuple[Tensor, Tensor]:
+        """Iterative refinement: each layer moves the boxes of the one before: -> (L,B,N,C), (L,B,N,4)."""
+        pred_logits, pred_boxes = [], []
+        ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                       # (B, 1, V, 4)
+        reference = start = boxes
+        for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
+            content = layer(content, position, groups, reference[:, :, None] * ratios, tokens, where.shapes, where.padding)
+            shift = box_head(content)
+            pred_logits.append(class_head(content))
+            pred_boxes.append((shift + inverse_sigmoid(start)).sigmoid())
+            refined = (shift + inverse_sigmoid(reference)).sigmoid()
+            # The next layer samples around a detached box. Look forward twice lets its *loss* reach this head
+            # through `start`, and no head further back, since `reference` above was detached.
+            reference = refined.detach()
+            start = refined if self.look_forward_twice else reference
+        return torch.stack(pred_logits), torch.stack(pred_boxes)
+
+
+# --- Checkpoints of HDETR/H-Deformable-DETR -----------------------------------------------------------------------------
+
+OFFICIAL_NAMES = [   # (official name as a regular expression, name here); the first that fits is taken
+    (r'transformer\.level_embed', r'level_embed'),
+    (r'transformer\.encoder\.layers\.(\d+)\.self_attn\.(.+)', r'encoder.\1.attention.\2'),
+    (r'transformer\.encoder\.layers\.(\d+)\.norm1\.(.+)', r'encoder.\1.norm.\2'),
+    (r'transformer\.encoder\.layers\.(\d+)\.norm2\.(.+)', r'encoder.\1.ffn.norm.\2'),
+    (r'transformer\.(encoder|decoder)\.layers\.(\d+)\.(linear[12]\..+)', r'\1.\2.ffn.\3'),
+    (r'transformer\.decoder\.layers\.(\d+)\.cross_attn\.(.+)', r'decoder.\1.cross_attention.\2'),
+    (r'transformer\.decoder\.layers\.(\d+)\.norm1\.(.+)', r'decoder.\1.cross_norm.\2'),
+    (r'transformer\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(.+)', r'decoder.\1.self_attention.in_proj.\2'),
+    (r'transformer\.decoder\.layers\.(\d+)\.self_attn\.out_proj\.(.+)', r'decoder.\1.self_attention.out_proj.\2'),
+    (r'transformer\.decoder\.layers\.(\d+)\.norm2\.(.+)', r'decoder.\1.self_norm.\2'),
+    (r'transformer\.decoder\.layers\.(\d+)\.norm3\.(.+)', r'decoder.\1.ffn.norm.\2'),
+    (r'transformer\.enc_output\.(.+)', r'proposal_proj.0.\1'),
+    (r'transformer\.enc_output_norm\.(.+)', r'proposal_proj.1.\1'),
+    (r'transformer\.pos_trans\.(.+)', r'position_proj.0.\1'),
+    (r'transformer\.pos_trans_norm\.(.+)', r'position_proj.1.\1'),
+    (r'query_embed\.weight', r'query_content'),
+    (r'class_embed\.(\d+)\.(.+)', r'class_heads.\1.\2'),
+    (r'bbox_embed\.(\d+)\.layers\.0\.(.+)', r'box_heads.\1.0.\2'),
+    (r'bbox_embed\.(\d+)\.layers\.1\.(.+)', r'box_heads.\1.2.\2'),
+    (r'bbox_embed\.(\d+)\.layers\.2\.(.+)', r'box_heads.\1.4.\2'),
+    (r'backbone\.0\.body\.(.+)', r'backbone.body.\1'),
+    (r'input_proj\.(.+)', r'input_proj.\1'),
+]
+
+
+def official_name(name: str, decoder_layers: int) -> str | None:
+    """The name here of an entry of an official checkpoint; None if no rule fits. The head behind the decoder's last is
+    the encoder's; `transformer.decoder.{class,bbox}_embed` are aliases of the same heads."""
+    name = re.sub(r'^transformer\.decoder\.(?=(class|bbox)_embed)', '', name)
+    for pattern, ours in OFFICIAL_NAMES:
+        if re.fullmatch(pattern, name):
+            name = re.sub(pattern, ours, name)
+            return re.sub(rf'^(class|box)_heads\.{decoder_layers}\.', r'encoder_\1_heads.0.', name)
+    return None
+
+
+def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 1500)) -> HybridDETR:
+    """Build the model that fits a checkpoint of the public H-Deformable-DETR and load every entry.
+
+    state_dict: the checkpoint's 'model'. Layers, widths, classes, levels and the ResNet are read off the shapes, 8 heads
+    are assumed, as in every official file. The class columns stay as they are: COCO's raw category ids 0..90.
+    Raises ValueError that names the entry if one is unknown, missing, of another shape, or an alias with other values;
+    and if `queries` does not sum to the rows of `query_embed.weight`.
+    """
+    def count(pattern: str) -> int:
+        return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state_dict) if m), default=-1)
+
+    layers = count(r'transformer\.decoder\.layers\.(\d+)')
+    needed = ['transformer.level_embed', 'transformer.encoder.layers.0.linear1.weight', 'class_embed.0.weight',
+              'transformer.encoder.layers.0.self_attn.attention_weights.weight', 'transformer.pos_trans.weight']
+    for name in needed:
+        if name not in state_dict:
+            raise ValueError(f'the official checkpoint has no entry {name} (a two-stage H-Deformable-DETR is expected)')
+    levels, width = state_dict[needed[0]].shape
+    points = state_dict[needed[3]].shape[0] // (8 * levels)
+    mixed = 'query_embed.weight' in state_dict
+    if mixed and len(state_dict['query_embed.weight']) != sum(queries):
+        raise ValueError(f'query_embed.weight has {len(state_dict["query_embed.weight"])} rows, but queries={tuple(queries)}')
+    blocks = [count(rf'backbone\.0\.body\.layer{stage}\.(\d+)') for stage in (1, 2, 3, 4)]
+    bottleneck = 'backbone.0.body.layer1.0.conv3.weight' in state_dict
+    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(tuple(blocks))
+    if depth is None:
+        raise ValueError(f'backbone.0.body.layer1..4 have {blocks} blocks, which is no ResNet of torchvision')
+    model = HybridDETR(len(state_dict['class_embed.0.weight']), queries, f'resnet{depth}', width=width,
+                       encoder_layers=count(r'transformer\.encoder\.layers\.(\d+)'), decoder_layers=layers,
+                       ffn=len(state_dict[needed[1]]), points=points, levels=levels, mixed_selection=mixed)
+    expected, ours = model.state_dict(), {}
+    for name, value in state_dict.items():
+        to = official_name(name, layers)
+        if to not in expected:
+            raise ValueError(f'unknown entry in the official checkpoint: {name}')
+        if value.shape != expected[to].shape:
+            raise ValueError(f'entry {name} has shape {tuple(value.shape)}, the model needs {tuple(expected[to].shape)}')
+        if to in ours and not torch.equal(ours[to], value):
+            raise ValueError(f'entry {name} differs from the entry it is an alias of')
+        ours[to] = value
+    for name in expected:
+        if name not in ours:
+            raise ValueError(f'the official checkpoint has no entry for {name}')
+    model.load_state_dict(ours)
+    return model
