@@ -39,21 +39,21 @@ class Categories:
 
 
 class Sample(NamedTuple):
-    image: Tensor          # (3, H, W) uint8 or normalised float
+    image: Tensor          # (3, H, W), normalised
     labels: Tensor         # (M,) int64
     boxes: Tensor          # (M, 4)
     image_id: int
     size: tuple[int, int]  # (height, width) of the image as stored, in pixels
-    name: str
+    name: str              # where it comes from, for messages
 
 
 class Batch(NamedTuple):
-    images: Tensor            # (B, 3, H, W), zero at padding
-    padding_mask: Tensor      # (B, H, W) bool, True at padding
-    gt_labels: list[Tensor]   # B tensors (M_b,)
-    gt_boxes: list[Tensor]    # B tensors (M_b, 4)
+    images: Tensor                # (B, 3, H, W), zero at padding
+    padding_mask: Tensor          # (B, H, W) bool, True at padding
+    gt_labels: list[Tensor]       # B tensors (M_b,)
+    gt_boxes: list[Tensor]        # B tensors (M_b, 4)
     image_ids: list[int]
-    sizes: list[tuple[int, int]]
+    sizes: list[tuple[int, int]]  # as in Sample
     names: list[str]
 
     def to(self, device) -> 'Batch':
@@ -81,7 +81,7 @@ def collate(samples: list[Sample]) -> Batch:
                  [s.image_id for s in samples], [s.size for s in samples], [s.name for s in samples])
 
 
-# --- Shapes, made on the fly --------------------------------------------------------------------------------------------
+# --- Shapes, made on the fly ----------------------------------------------------------------------------------------
 
 SHAPES = ('disc', 'ring', 'box', 'frame', 'triangle', 'cross')
 
@@ -128,7 +128,7 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
         image[y:y + h, x:x + w] = [between(0, 255) for _ in range(3)]
 
     low, high = size * 10 // 128, size * 56 // 128
-    placed = []   # (x0, y0, x1, y1, label)
+    placed = []                                                                              # (x0, y0, x1, y1, label)
     wanted = 1 + int(12 * uniform() * (0.4 + 0.6 * uniform()))
     for _ in range(6 * wanted):
         if len(placed) == wanted:
@@ -137,8 +137,9 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
             x0, y0, x1, y1, label = placed[int(uniform() * len(placed))]
             w, h = (max(low // 2, int(side * (0.85 + 0.3 * uniform()))) for side in (x1 - x0, y1 - y0))
             across = 1 if uniform() < 0.5 else -1
-            dx, dy = int(across * w * (0.65 + 0.5 * uniform())), int(h * (uniform() - 0.5))
-            x, y = (x0 + dx, y0 + dy) if uniform() < 0.5 else (x0 + int(w * (uniform() - 0.5)), y0 + int(across * h * (0.65 + 0.5 * uniform())))
+            step, drift = across * (0.65 + 0.5 * uniform()), uniform() - 0.5   # in sizes of the new object
+            dx, dy = (step, drift) if uniform() < 0.5 else (drift, step)
+            x, y = x0 + int(dx * w), y0 + int(dy * h)
         else:
             label, u = between(0, len(SHAPES) - 1), uniform()
             side = low + (high - low) * u * u
@@ -184,8 +185,9 @@ class ShapesDataset(Dataset):
         for index in range(self.length):
             _, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
             for (x0, y0, x1, y1), label in zip(boxes_xyxy.tolist(), labels.tolist()):
-                annotations.append({'id': len(annotations) + 1, 'image_id': index, 'category_id': self.categories.ids[label],
-                                    'bbox': [x0, y0, x1 - x0, y1 - y0], 'area': (x1 - x0) * (y1 - y0), 'iscrowd': 0})
+                annotations.append({'id': len(annotations) + 1, 'image_id': index, 'iscrowd': 0,
+                                    'category_id': self.categories.ids[label], 'area': (x1 - x0) * (y1 - y0),
+                                    'bbox': [x0, y0, x1 - x0, y1 - y0]})
         return {'images': [{'id': i, 'height': self.size, 'width': self.size} for i in range(self.length)],
                 'annotations': annotations, 'categories': categories_json(self.categories)}
 
@@ -196,10 +198,11 @@ def categories_json(categories: Categories) -> list[dict]:
 
 def normalise(image: Tensor) -> Tensor:
     """uint8 (3,H,W) -> float with ImageNet's mean and deviation, as torchvision's pretrained backbones expect."""
-    return v2.functional.normalize(v2.functional.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
+    image = v2.functional.to_dtype(image, torch.float32, scale=True)
+    return v2.functional.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
 
 
-# --- A folder in the COCO layout ------------------------------------------------------------------------------------------
+# --- A folder in the COCO layout ------------------------------------------------------------------------------------
 
 class RandomSizeCrop:
     """Crop to a random width and height between `low` and `high` pixels (or the image's own size, if that is less)."""
@@ -215,17 +218,22 @@ class RandomSizeCrop:
         return v2.functional.crop(image, **window), {**target, 'boxes': v2.functional.crop(target['boxes'], **window)}
 
 
-def train_transforms(size: int):
-    """DETR's augmentation with the short side at most `size` (800 in the papers: 480..800 in steps of 32, crops of
-    384..600 from a short side of 400..600, long side at most 1333); every number shrinks with `size`. Small images
-    also get changed colours, since a model from scratch has not seen a million photographs before."""
+def train_transforms(size: int, vertical_flip: bool = False):
+    """Augmentation with a short side of at most `size`: the papers' from 480 on, a light one for small images.
+
+    DETR's (size 800): flip, then a short side of 480..800 and a long side of at most 1333, half the time after a crop
+    of 384..600 from a short side of 400..600; every number shrinks with `size`. Small images keep more of their pixels
+    and get changed colours, since a model from scratch has not seen a million photographs before.
+    """
     def part(n):
         return max(1, round(n * size / 800))
-    resize = v2.RandomChoice([v2.Resize(part(s), max_size=part(1333)) for s in range(480, 801, 32)])
-    shrink = v2.RandomChoice([v2.Resize(part(s)) for s in (400, 500, 600)])
-    crop = v2.Compose([shrink, RandomSizeCrop(part(384), part(600)), resize])
-    colour = [] if size >= 480 else [v2.RandomPhotometricDistort()]
-    return v2.Compose([v2.RandomHorizontalFlip(), *colour, v2.RandomChoice([resize, crop]),
+    small = size < 480
+    sides = range(640 if small else 480, 801, 32)
+    resize = v2.RandomChoice([v2.Resize(part(side), max_size=part(1333)) for side in sides])
+    shrink = v2.RandomChoice([v2.Resize(part(side)) for side in (400, 500, 600)])
+    flips = [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if vertical_flip else [])]
+    return v2.Compose([*flips, *([v2.RandomPhotometricDistort()] if small else []),
+                       v2.RandomChoice([resize, v2.Compose([shrink, RandomSizeCrop(part(384), part(600)), resize])]),
                        v2.SanitizeBoundingBoxes(min_size=1)])
 
 
@@ -236,7 +244,7 @@ class CocoFolder(Dataset):
     evaluation sees the file as it is. Raises UserError, naming the file, if something is missing or unreadable.
     """
 
-    def __init__(self, root: str, split: str, size: int, augment: bool = False, seed: int = 0):
+    def __init__(self, root: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False, seed: int = 0):
         self.folder, self.seed = Path(root) / f'{split}2017', seed
         file = Path(root) / 'annotations' / f'instances_{split}2017.json'
         for path, what in ((Path(root), 'data folder'), (self.folder, 'image folder'), (file, 'annotation file')):
@@ -249,7 +257,7 @@ class CocoFolder(Dataset):
             raise UserError(f'{file} is no valid JSON: {error}') from None
         by_id = sorted(content['categories'], key=lambda c: c['id'])
         self.categories = Categories([c['id'] for c in by_id], [c['name'] for c in by_id])
-        self.images = [(image['id'], image['file_name'], image['height'], image['width']) for image in content['images']]
+        self.images = [(i['id'], i['file_name'], i['height'], i['width']) for i in content['images']]
         present = {path.name for path in self.folder.iterdir()}
         for _, name, _, _ in self.images:
             if name not in present and not (self.folder / name).exists():
@@ -262,15 +270,18 @@ class CocoFolder(Dataset):
         rows = np.array(rows, dtype=np.float64).reshape(-1, 8)
         self.rows = rows[np.argsort(rows[:, 0], kind='stable')]
         self.first = np.searchsorted(self.rows[:, 0], np.arange(len(self.images) + 1))
-        sizes = np.array([(w, h) for _, _, h, w in self.images], dtype=np.float64).reshape(-1, 2)[self.rows[:, 0].astype(int)]
-        corners = np.concatenate([self.rows[:, 2:4], self.rows[:, 2:4] + self.rows[:, 4:6]], 1).clip(0, np.tile(sizes, 2))
+        sizes = np.array([(w, h, w, h) for _, _, h, w in self.images], dtype=np.float64).reshape(-1, 4)
+        corners = np.concatenate([self.rows[:, 2:4], self.rows[:, 2:4] + self.rows[:, 4:6]], 1)
+        corners = corners.clip(0, sizes[self.rows[:, 0].astype(int)])
         self.usable = (self.rows[:, 7] == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
         if not self.usable.all():
             first = self.images[int(self.rows[~self.usable][0, 0])][1]
-            print(f'{file}: {int((~self.usable).sum())} of {len(self.rows)} boxes are crowds or have no area and do not '
-                  f'train; the first is in {first}')
+            print(f'{file}: {int((~self.usable).sum())} of {len(self.rows)} boxes are crowds or have no area and '
+                  f'do not train; the first is in {first}')
         self.corners = corners.astype(np.float32)
-        self.transforms = train_transforms(size) if augment else v2.Resize(size, max_size=round(size * 1333 / 800))
+        self.labels = np.array([self.categories.label_of[int(i)] for i in self.rows[:, 1]], dtype=np.int64)
+        self.transforms = (train_transforms(size, vertical_flip) if augment
+                           else v2.Resize(size, max_size=round(size * 1333 / 800)))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -286,7 +297,7 @@ class CocoFolder(Dataset):
         usable = self.usable[rows]
         target = {'boxes': tv_tensors.BoundingBoxes(torch.from_numpy(self.corners[rows][usable]).reshape(-1, 4),
                                                     format='XYXY', canvas_size=(height, width)),
-                  'labels': torch.tensor([self.categories.label_of[int(i)] for i in self.rows[rows][usable, 1]], dtype=torch.int64)}
+                  'labels': torch.from_numpy(self.labels[rows][usable])}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1)))
             image, target = self.transforms(image, target)
@@ -322,14 +333,15 @@ class FirstImages(Dataset):
         return {**content, 'images': images, 'annotations': [a for a in content['annotations'] if a['image_id'] in ids]}
 
 
-def open_dataset(name: str, split: str, size: int, augment: bool = False, seed: int = 0) -> Dataset:
+def open_dataset(name: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False,
+                 seed: int = 0) -> Dataset:
     """'shapes' or a folder in the COCO layout -> data set; split is 'train' or 'val'."""
     if name == 'shapes':
         return ShapesDataset(split, 8000 if split == 'train' else 500, size, seed)
-    return CocoFolder(name, split, size, augment, seed)
+    return CocoFolder(name, split, size, augment, vertical_flip, seed)
 
 
-# --- Batches ---------------------------------------------------------------------------------------------------------------
+# --- Batches --------------------------------------------------------------------------------------------------------
 
 class TrainBatches(Sampler):
     """The (epoch, index) pairs of this process for the steps start..steps-1: a new order each epoch, no image left out.
@@ -338,7 +350,8 @@ class TrainBatches(Sampler):
     what an uninterrupted one would have seen, and W processes see together what one with W times the batch would.
     """
 
-    def __init__(self, n: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1):
+    def __init__(self, n: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0,
+                 world: int = 1):
         super().__init__()
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.firsts = [(step * world + rank) * batch_size for step in range(start, steps)]

@@ -33,7 +33,7 @@ METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
            'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large')
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------------
+# --- Checkpoints ----------------------------------------------------------------------------------------------------
 
 def read_checkpoint(path: str) -> dict:
     """The content of a checkpoint file, as data: no code in it is run. Raises UserError if it cannot be read."""
@@ -66,11 +66,11 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
         model = HybridDETR(**checkpoint['architecture'])
         model.load_state_dict(checkpoint['model'])
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f'{path}: {error}') from None
+        raise UserError(f'{path} does not fit: {" ".join(str(error).split())[:200]}') from None
     return model.eval(), Categories(**checkpoint['categories']), checkpoint['settings']
 
 
-# --- From outputs to detections --------------------------------------------------------------------------------------------
+# --- From outputs to detections -------------------------------------------------------------------------------------
 
 def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, nms: float | None = None):
     """The `top` best of all N*C scores of the last layer, without NMS unless asked: -> per image scores (k,) in falling
@@ -78,7 +78,7 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
 
     A query may appear with several classes (Deformable DETR's official post-processing, 100 in H-DETR's).
     """
-    probability = outputs.pred_logits[-1].float().sigmoid()                                             # (B, N, C)
+    probability = outputs.pred_logits[-1].float().sigmoid()                                         # (B, N, C)
     B, N, C = probability.shape
     scores, flat = probability.flatten(1).topk(min(top, N * C), 1)
     labels, query = flat % C, flat // C
@@ -137,13 +137,13 @@ def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False):
         evaluation.accumulate()
     with contextlib.nullcontext() if table else contextlib.redirect_stdout(chatter):
         evaluation.summarize()
-    precision = evaluation.eval['precision'][:, :, :, 0, -1]   # (IoU thresholds, recalls, classes); -1: no ground truth
+    precision = evaluation.eval['precision'][:, :, :, 0, -1]  # (IoU thresholds, recalls, classes); -1: no ground truth
     by_class = {category_id: float(precision[..., k][precision[..., k] > -1].mean()) if (precision[..., k] > -1).any() else float('nan')
                 for k, category_id in enumerate(evaluation.params.catIds)}
     return dict(zip(METRICS, evaluation.stats.tolist())), by_class
 
 
-# --- Pictures -----------------------------------------------------------------------------------------------------------------
+# --- Pictures -------------------------------------------------------------------------------------------------------
 
 def as_picture(image: Tensor) -> Tensor:
     """Undo `data.normalise`: float (3,H,W) -> uint8 (3,H,W)."""
@@ -169,7 +169,7 @@ def draw_boxes(picture: Tensor, boxes: Tensor, labels: list[int], texts: list[st
 
 
 @torch.inference_mode()
-def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: Path, n: int = 4, threshold: float = 0.4,
+def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: Path, n: int = 4, threshold: float = 0.3,
                      nms: float | None = None, group: int = 0) -> None:
     """Save a PNG with a row for each of the first n images: ground truth left, predictions of score >= threshold right."""
     device, was_training, rows = next(model.parameters()).device, model.training, []
@@ -191,7 +191,7 @@ def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: 
     Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(path)
 
 
-# --- The command ---------------------------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------------------------
 
 def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int) -> list[int]:
     """The data set's category id of every class column. Raises UserError if the model was trained for other categories."""
@@ -255,7 +255,8 @@ def run_command(main) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f'{Path(sys.argv[0]).name}: {error}')
+        # From a worker process the message comes with its traceback around it.
+        sys.exit(f'{Path(sys.argv[0]).name}: {str(error).split("UserError: ")[-1].strip()}')
 
 
 if __name__ == '__main__':

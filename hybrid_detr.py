@@ -28,23 +28,23 @@ from torchvision.ops import FrozenBatchNorm2d
 class Outputs(NamedTuple):
     pred_logits: Tensor      # (L, B, N, C): sigmoid scores, class c of 0..C-1 in column c, no background column
     pred_boxes: Tensor       # (L, B, N, 4)
-    encoder_logits: Tensor   # (E, B, S, C): column 0 ranks the tokens, "object or not"
-    encoder_boxes: Tensor    # (E, B, S, 4)
+    encoder_logits: Tensor   # (1, B, E*S, C): one "layer" of E groups; column 0 ranks the tokens, "object or not"
+    encoder_boxes: Tensor    # (1, B, E*S, 4)
 
 
-# --- Backbones ---------------------------------------------------------------------------------------------------------
+# --- Backbones ------------------------------------------------------------------------------------------------------
 
 class TinyBackbone(nn.Sequential):
     """Strides 8, 16, 32 from scratch: small enough to train on a laptop. (B,3,H,W) -> three maps."""
-    channels = (96, 128, 192)
+    channels = (128, 192, 256)
 
     def __init__(self):
         def conv(c_in, c_out, stride):
             return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
         super().__init__(
-            nn.Sequential(conv(3, 24, 2), conv(24, 48, 2), conv(48, 48, 1), conv(48, 96, 2), conv(96, 96, 1)),
-            nn.Sequential(conv(96, 128, 2), conv(128, 128, 1)),
-            nn.Sequential(conv(128, 192, 2), conv(192, 192, 1)))
+            nn.Sequential(conv(3, 32, 2), conv(32, 64, 2), Residual(64), conv(64, 128, 2), Residual(128)),
+            nn.Sequential(conv(128, 192, 2), Residual(192)),
+            nn.Sequential(conv(192, 256, 2), Residual(256)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = []
@@ -52,6 +52,18 @@ class TinyBackbone(nn.Sequential):
             images = stage(images)
             maps.append(images)
         return maps
+
+
+class Residual(nn.Module):
+    """ResNet's basic block."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
 
 
 class Backbone(nn.Module):
@@ -65,9 +77,9 @@ class Backbone(nn.Module):
     def __init__(self, name: str, frozen: bool = True):
         super().__init__()
         self.name = name
-        if not re.fullmatch(r'(resnet|resnext|wide_resnet|swin).*', name) or name not in torchvision.models.list_models():
-            raise ValueError(f'unknown backbone {name!r}: "tiny", or a ResNet or Swin of torchvision such as resnet50, swin_t')
-        swin = name.startswith('swin')
+        swin, resnet = name.startswith('swin'), re.match('(resnet|resnext|wide_resnet)', name)
+        if not (swin or resnet) or name not in torchvision.models.list_models():
+            raise ValueError(f'unknown backbone {name!r}: use tiny, or a ResNet or Swin of torchvision, as resnet50')
         norm = {'norm_layer': FrozenBatchNorm2d} if frozen and not swin else {}
         nodes = ('features.3', 'features.5', 'features.7') if swin else ('layer2', 'layer3', 'layer4')
         self.body = create_feature_extractor(torchvision.models.get_model(name, weights=None, **norm), list(nodes))
@@ -87,12 +99,12 @@ class Backbone(nn.Module):
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
 
 
-# --- Where a token is ---------------------------------------------------------------------------------------------------
+# --- Where a token is -----------------------------------------------------------------------------------------------
 
 def sine_code(numbers: Tensor, channels: int) -> Tensor:
     """Sine code of each number, `channels` of them apiece: (..., n) -> (..., n * channels), sin and cos interleaved."""
     k = torch.arange(channels // 2, device=numbers.device)
-    angle = numbers[..., None] * 2 * math.pi / 10000 ** (2 * k / channels)             # (..., n, channels/2)
+    angle = numbers[..., None] * 2 * math.pi / 10000 ** (2 * k / channels)                      # (..., n, channels/2)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3)
 
 
@@ -110,16 +122,16 @@ def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: T
     """(B,H,W) bool, the level shapes and (V,D) -> everything that follows from where the padding is."""
     paddings, ratios, positions, centres = [], [], [], []
     for h, w in shapes:
-        padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()                # (B, h, w)
+        padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()            # (B, h, w)
         valid = ~padding
-        valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1).to(level_embed)         # (B, 2)
+        valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1).to(level_embed)     # (B, 2)
         ratios.append(valid_wh / valid_wh.new_tensor([w, h]))
         # Cells are counted along y and x over the valid part only, so that 0..1 spans the image, not its padding.
-        count = torch.stack([valid.cumsum(1), valid.cumsum(2)], -1).to(level_embed)                     # (B, h, w, 2): y, x
+        count = torch.stack([valid.cumsum(1), valid.cumsum(2)], -1).to(level_embed)               # (B, h, w, 2): y, x
         last = torch.stack([count[:, -1:, :, 0].expand(-1, h, -1), count[:, :, -1:, 1].expand(-1, -1, w)], -1)
         positions.append(sine_code((count - 0.5) / (last + 1e-6), level_embed.shape[1] // 2).flatten(1, 2))
         y, x = torch.meshgrid(torch.arange(h, device=valid.device), torch.arange(w, device=valid.device), indexing='ij')
-        centres.append((torch.stack([x, y], -1) + 0.5).flatten(0, 1) / valid_wh[:, None])               # (B, h*w, 2)
+        centres.append((torch.stack([x, y], -1) + 0.5).flatten(0, 1) / valid_wh[:, None])           # (B, h*w, 2)
         paddings.append(padding.flatten(1))
     level = torch.arange(len(shapes), device=padding_mask.device).repeat_interleave(
         torch.tensor([h * w for h, w in shapes], device=padding_mask.device), output_size=sum(h * w for h, w in shapes))
@@ -127,11 +139,22 @@ def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: T
                     torch.cat(positions, 1) + level_embed[level], torch.cat(centres, 1), level)
 
 
+def proposals(where: Geometry) -> Tensor:
+    """What each token proposes before it is looked at: a box of 0.05 * 2^level around its centre -> box logits (B,S,4).
+
+    Padded tokens, and boxes with a number outside 0.01..0.99, are ruled out by +inf (Deformable DETR's official code).
+    """
+    size = 0.05 * 2.0 ** where.level.to(where.centres)
+    box = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)
+    invalid = where.padding | ~((box > 0.01) & (box < 0.99)).all(-1)
+    return (box / (1 - box)).log().masked_fill(invalid[..., None], math.inf)
+
+
 def inverse_sigmoid(x: Tensor) -> Tensor:
     return torch.logit(x, eps=1e-5)
 
 
-# --- Attention -----------------------------------------------------------------------------------------------------------
+# --- Attention ------------------------------------------------------------------------------------------------------
 
 def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
@@ -142,12 +165,12 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
     """
     B, _, heads, d = value.shape
     N = locations.shape[1]
-    grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)              # (V, B*heads, N, P, 2), -1..1
+    grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)                  # (V, B*heads, N, P, 2), -1..1
     weights = weights.permute(3, 0, 2, 1, 4).reshape(len(shapes), B * heads, 1, N, -1)
     out = 0
     for v, level in enumerate(value.split([h * w for h, w in shapes], 1)):
         level = level.permute(0, 2, 3, 1).reshape(B * heads, d, *shapes[v])
-        sampled = F.grid_sample(level, grid[v], padding_mode='zeros', align_corners=False)              # (B*heads, d, N, P)
+        sampled = F.grid_sample(level, grid[v], padding_mode='zeros', align_corners=False)        # (B*heads, d, N, P)
         out = out + (sampled * weights[v]).sum(-1)
     return out.view(B, heads * d, N).transpose(1, 2)
 
@@ -170,9 +193,9 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)                                  # (heads, 2)
+        direction = direction / direction.abs().amax(-1, keepdim=True)                              # (heads, 2)
         distance = torch.arange(1, self.points + 1)
-        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, self.levels, -1, -1)        # (heads, V, P, 2)
+        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, self.levels, -1, -1)    # (heads, V, P, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
         for linear in (self.value_proj, self.output_proj):
@@ -185,7 +208,7 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)   # after the projection: its bias too
         offsets = self.sampling_offsets(query).view(B, N, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query).view(B, N, self.heads, -1).softmax(-1)   # over levels and points
-        reference = reference[:, :, None, :, None]                                                      # (B, N, 1, V, 1, .)
+        reference = reference[:, :, None, :, None]                                                # (B, N, 1, V, 1, .)
         if reference.shape[-1] == 2:   # a point: offsets count in cells of the level
             locations = reference + offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
         else:                          # a box: offsets count in half box sizes, divided by the number of points
@@ -214,19 +237,19 @@ class GroupSelfAttention(nn.Module):
         q, k = F.linear(content + position, self.in_proj.weight[:2 * D], self.in_proj.bias[:2 * D]).chunk(2, -1)
         v = F.linear(content, self.in_proj.weight[2 * D:], self.in_proj.bias[2 * D:])
         if len(set(groups)) == 1:
-            out = self.attend(*(x.unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v)))    # (B*G, n, D)
+            out = self.attend(*(x.unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v)))  # (B*G, n, D)
             out = out.reshape(content.shape)
         else:
             out = torch.cat([self.attend(*qkv) for qkv in zip(*(x.split(groups, 1) for x in (q, k, v)))], 1)
         return self.out_proj(out)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))                # (B, heads, n, d)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))            # (B, heads, n, d)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return out.transpose(1, 2).flatten(2)
 
 
-# --- Layers ----------------------------------------------------------------------------------------------------------------
+# --- Layers ---------------------------------------------------------------------------------------------------------
 
 class FeedForward(nn.Module):
     def __init__(self, width: int, ffn: int, dropout: float):
@@ -272,7 +295,7 @@ def clones(module: nn.Module, n: int) -> nn.ModuleList:
     return nn.ModuleList(copy.deepcopy(module) for _ in range(n))
 
 
-# --- The detector -----------------------------------------------------------------------------------------------------------
+# --- The detector ---------------------------------------------------------------------------------------------------
 
 class HybridDETR(nn.Module):
     """Two-stage Deformable DETR on a query row cut into groups.
@@ -306,13 +329,15 @@ class HybridDETR(nn.Module):
         self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
         self.query_content = nn.Parameter(torch.empty(sum(groups), width)) if mixed_selection else None
         class_head = nn.Linear(width, num_classes)
-        box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+        box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+                                 nn.Linear(width, 4))
         self.class_heads, self.box_heads = clones(class_head, decoder_layers), clones(box_head, decoder_layers)
-        self.encoder_class_heads, self.encoder_box_heads = clones(class_head, encoder_heads), clones(box_head, encoder_heads)
+        self.encoder_class_heads = clones(class_head, encoder_heads)
+        self.encoder_box_heads = clones(box_head, encoder_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the official code: Xavier for every matrix of the transformer; heads that say "score 0.01, box unmoved"."""
+        """As the official code: Xavier for all matrices of the transformer; heads say "score 0.01, box unmoved"."""
         for module in (self.encoder, self.decoder, self.proposal_proj, self.position_proj):
             for parameter in module.parameters():
                 if parameter.dim() > 1:
@@ -343,16 +368,18 @@ class HybridDETR(nn.Module):
         """
         if group is None and not self.training:
             group = 0
-        tokens, shapes = self.pyramid(images)                                                           # (B, S, D)
+        tokens, shapes = self.pyramid(images)                                                       # (B, S, D)
         where = geometry(padding_mask, shapes, self.level_embed)
-        reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
+        reference = where.centres[:, :, None] * where.valid_ratios[:, None]                         # (B, S, V, 2)
         for layer in self.encoder:
             tokens = layer(tokens, where.position, reference, shapes, where.padding)
 
         encoder_logits, encoder_boxes_unact = self.propose(tokens, where, group)
         boxes, content, position, groups = self.select(encoder_logits, encoder_boxes_unact, group)
         pred_logits, pred_boxes = self.decode(boxes, content, position, groups, tokens, where)
-        return Outputs(pred_logits, pred_boxes, encoder_logits, encoder_boxes_unact.sigmoid())
+        encoder_logits, encoder_boxes = (x.transpose(0, 1).flatten(1, 2)[None] for x in
+                                         (encoder_logits, encoder_boxes_unact.sigmoid()))
+        return Outputs(pred_logits, pred_boxes, encoder_logits, encoder_boxes)
 
     def pyramid(self, images: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
         """Backbone maps projected to one width and flattened: (B,3,H,W) -> (B,S,D), fine levels first."""
@@ -366,16 +393,13 @@ class HybridDETR(nn.Module):
     def propose(self, tokens: Tensor, where: Geometry, group: int | None) -> tuple[Tensor, Tensor]:
         """Every token proposes a box (before the sigmoid) and a score: (B,S,D) -> (E,B,S,C), (E,B,S,4).
 
-        A token stands for a box of 0.05 * 2^level around its centre; its head only shifts it. Padded tokens and boxes
-        that come near the border are ruled out: features 0, box logits +inf, so they share one score and the box
-        (1,1,1,1), stay in the loss as background, and may even be chosen if nothing better is left (official code).
+        Tokens that are ruled out have features 0 and box logits +inf: they share one score and the box (1,1,1,1), stay
+        in the loss as background, and may even be chosen if nothing better is left (official code).
         """
-        size = 0.05 * 2.0 ** where.level.to(where.centres)
-        proposal = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)               # (B, S, 4)
-        invalid = where.padding | ~((proposal > 0.01) & (proposal < 0.99)).all(-1)
-        proposal = (proposal / (1 - proposal)).log().masked_fill(invalid[..., None], math.inf)
-        features = self.proposal_proj(tokens.masked_fill(invalid[..., None], 0.0))
-        heads = range(len(self.encoder_class_heads)) if group is None else [min(group, len(self.encoder_class_heads) - 1)]
+        proposal = proposals(where)                                                                 # (B, S, 4)
+        features = self.proposal_proj(tokens.masked_fill(proposal[..., :1].isinf(), 0.0))
+        last = len(self.encoder_class_heads) - 1
+        heads = range(last + 1) if group is None else [min(group, last)]
         logits = torch.stack([self.encoder_class_heads[e](features) for e in heads])
         boxes = torch.stack([self.encoder_box_heads[e](features) for e in heads]) + proposal
         return logits, boxes
@@ -390,7 +414,7 @@ class HybridDETR(nn.Module):
         """
         sizes = self.groups if group is None else self.groups[group:group + 1]
         first = 0 if group is None else sum(self.groups[:group])
-        scores = logits[..., 0]                                                                         # (E, B, S)
+        scores = logits[..., 0]                                                                     # (E, B, S)
         if len(self.encoder_class_heads) == 1:
             wanted = [(0, first, first + sum(sizes))]
         else:
@@ -399,8 +423,8 @@ class HybridDETR(nn.Module):
             raise ValueError(f'the image has {scores.shape[2]} tokens, too few to choose {wanted[-1][2]} queries from: '
                              'use larger images or fewer queries')
         boxes = torch.cat([boxes_unact[e].gather(1, scores[e].topk(last, 1).indices[:, begin:, None].expand(-1, -1, 4))
-                           for e, begin, last in wanted], 1).detach().sigmoid()                         # (B, N, 4)
-        code = sine_code(boxes, self.level_embed.shape[1] // 2)                                        # (B, N, 2D)
+                           for e, begin, last in wanted], 1).detach().sigmoid()                     # (B, N, 4)
+        code = sine_code(boxes, self.level_embed.shape[1] // 2)                                     # (B, N, 2D)
         position, content = self.position_proj(code).chunk(2, -1)
         if self.query_content is not None:   # mixed query selection: position from the image, content learned
             content = self.query_content[first:first + sum(sizes)].expand(len(boxes), -1, -1)
@@ -409,10 +433,11 @@ class HybridDETR(nn.Module):
     def decode(self, boxes, content, position, groups, tokens, where) -> tuple[Tensor, Tensor]:
         """Iterative refinement: each layer moves the boxes of the one before: -> (L,B,N,C), (L,B,N,4)."""
         pred_logits, pred_boxes = [], []
-        ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                       # (B, 1, V, 4)
+        ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                   # (B, 1, V, 4)
         reference = start = boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
-            content = layer(content, position, groups, reference[:, :, None] * ratios, tokens, where.shapes, where.padding)
+            content = layer(content, position, groups, reference[:, :, None] * ratios, tokens, where.shapes,
+                            where.padding)
             shift = box_head(content)
             pred_logits.append(class_head(content))
             pred_boxes.append((shift + inverse_sigmoid(start)).sigmoid())
@@ -424,9 +449,9 @@ class HybridDETR(nn.Module):
         return torch.stack(pred_logits), torch.stack(pred_boxes)
 
 
-# --- Checkpoints of HDETR/H-Deformable-DETR -----------------------------------------------------------------------------
+# --- Checkpoints of HDETR/H-Deformable-DETR -------------------------------------------------------------------------
 
-OFFICIAL_NAMES = [   # (official name as a regular expression, name here); the first that fits is taken
+OFFICIAL_NAMES = [                  # (official name as a regular expression, name here); the first that fits is taken
     (r'transformer\.level_embed', r'level_embed'),
     (r'transformer\.encoder\.layers\.(\d+)\.self_attn\.(.+)', r'encoder.\1.attention.\2'),
     (r'transformer\.encoder\.layers\.(\d+)\.norm1\.(.+)', r'encoder.\1.norm.\2'),
@@ -466,45 +491,45 @@ def official_name(name: str, decoder_layers: int) -> str | None:
 def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 1500)) -> HybridDETR:
     """Build the model that fits a checkpoint of the public H-Deformable-DETR and load every entry.
 
-    state_dict: the checkpoint's 'model'. Layers, widths, classes, levels and the ResNet are read off the shapes, 8 heads
-    are assumed, as in every official file. The class columns stay as they are: COCO's raw category ids 0..90.
+    state_dict: the checkpoint's 'model'. Layers, widths, classes, levels and the ResNet are read off the shapes; 8
+    heads are assumed, as in every official file. The class columns stay as they are: COCO's raw category ids 0..90.
     Raises ValueError that names the entry if one is unknown, missing, of another shape, or an alias with other values;
     and if `queries` does not sum to the rows of `query_embed.weight`.
     """
+    def shape(name: str) -> torch.Size:
+        if name not in state_dict:
+            raise ValueError(f'no entry {name} (expected is a two-stage checkpoint of H-Deformable-DETR)')
+        return state_dict[name].shape
+
     def count(pattern: str) -> int:
         return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state_dict) if m), default=-1)
 
+    levels, width = shape('transformer.level_embed')
     layers = count(r'transformer\.decoder\.layers\.(\d+)')
-    needed = ['transformer.level_embed', 'transformer.encoder.layers.0.linear1.weight', 'class_embed.0.weight',
-              'transformer.encoder.layers.0.self_attn.attention_weights.weight', 'transformer.pos_trans.weight']
-    for name in needed:
-        if name not in state_dict:
-            raise ValueError(f'the official checkpoint has no entry {name} (a two-stage H-Deformable-DETR is expected)')
-    levels, width = state_dict[needed[0]].shape
-    points = state_dict[needed[3]].shape[0] // (8 * levels)
     mixed = 'query_embed.weight' in state_dict
-    if mixed and len(state_dict['query_embed.weight']) != sum(queries):
-        raise ValueError(f'query_embed.weight has {len(state_dict["query_embed.weight"])} rows, but queries={tuple(queries)}')
-    blocks = [count(rf'backbone\.0\.body\.layer{stage}\.(\d+)') for stage in (1, 2, 3, 4)]
-    bottleneck = 'backbone.0.body.layer1.0.conv3.weight' in state_dict
-    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(tuple(blocks))
-    if depth is None:
-        raise ValueError(f'backbone.0.body.layer1..4 have {blocks} blocks, which is no ResNet of torchvision')
-    model = HybridDETR(len(state_dict['class_embed.0.weight']), queries, f'resnet{depth}', width=width,
-                       encoder_layers=count(r'transformer\.encoder\.layers\.(\d+)'), decoder_layers=layers,
-                       ffn=len(state_dict[needed[1]]), points=points, levels=levels, mixed_selection=mixed)
+    if mixed and shape('query_embed.weight')[0] != sum(queries):
+        raise ValueError(f'query_embed.weight has {shape("query_embed.weight")[0]} rows, but queries={tuple(queries)}')
+    blocks = tuple(count(rf'backbone\.0\.body\.layer{stage}\.(\d+)') for stage in (1, 2, 3, 4))
+    resnets = {(2, 2, 2, 2): 'resnet18', (3, 4, 6, 3): 'resnet50', (3, 4, 23, 3): 'resnet101'}
+    if blocks not in resnets:
+        raise ValueError(f'backbone.0.body.layer1..4 have {blocks} blocks: no ResNet that is known here')
+    model = HybridDETR(
+        shape('class_embed.0.weight')[0], queries, resnets[blocks], width=width, levels=levels, decoder_layers=layers,
+        encoder_layers=count(r'transformer\.encoder\.layers\.(\d+)'), mixed_selection=mixed,
+        ffn=shape('transformer.encoder.layers.0.linear1.weight')[0],
+        points=shape('transformer.encoder.layers.0.self_attn.attention_weights.weight')[0] // (8 * levels))
     expected, ours = model.state_dict(), {}
     for name, value in state_dict.items():
         to = official_name(name, layers)
         if to not in expected:
-            raise ValueError(f'unknown entry in the official checkpoint: {name}')
+            raise ValueError(f'unknown entry: {name}')
         if value.shape != expected[to].shape:
-            raise ValueError(f'entry {name} has shape {tuple(value.shape)}, the model needs {tuple(expected[to].shape)}')
+            raise ValueError(f'entry {name} is {tuple(value.shape)}, the model needs {tuple(expected[to].shape)}')
         if to in ours and not torch.equal(ours[to], value):
             raise ValueError(f'entry {name} differs from the entry it is an alias of')
         ours[to] = value
     for name in expected:
         if name not in ours:
-            raise ValueError(f'the official checkpoint has no entry for {name}')
+            raise ValueError(f'no entry for {name}')
     model.load_state_dict(ours)
     return model

@@ -8,7 +8,7 @@ copies, G groups. Let n_box be the number of ground truth boxes of the batch (av
     one-to-many, K       K * n_box: the repeated boxes are counted (H-DETR's code;      K * n_box
                          Eq. 2 does not say)
     G groups             G * n_box, i.e. the mean over groups of Group DETR Eq. 7       n_box, weight 1/G
-    encoder proposals    n_box, labels all 0 (H-DETR's code)                            n_box, mean over encoder heads
+    encoder proposals    n_box, labels all 0 (H-DETR's code)                            n_box; each head as its group
     background           the same divisor as its group: unmatched queries learn "nothing here", and only that
 
 This file needs torch and torchvision only, and can be copied alone.
@@ -32,7 +32,7 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float
 
 
 def loss_scale(groups, num_boxes: float, like: Tensor) -> Tensor:
-    """(L,N), of the type of `like`: what the loss of a query is multiplied by: its group's weight / (copies of the layer * num_boxes)."""
+    """What the loss of a query is multiplied by: weight of its group / (copies of the layer * num_boxes) -> (L,N)."""
     columns = [[group.weight / max(copies * num_boxes, 1.0) for copies in group.copies] for group in groups]
     sizes = torch.tensor([group.queries for group in groups])
     return torch.tensor(columns, dtype=like.dtype).repeat_interleave(sizes, 0).T.to(like.device, non_blocking=True)
@@ -63,24 +63,24 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
     pred_xyxy, gt_xyxy = (box_convert(b, 'cxcywh', 'xyxy') for b in (pred, gt_pair))
     # eps=0, as in DETR's and H-DETR's code: every ground truth has an area, so there is no division by 0.
     giou_loss = (generalized_box_iou_loss(pred_xyxy, gt_xyxy, eps=0) * pair_scale).sum()
-    return CLASS_WEIGHT * class_loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, pair_iou(pred_xyxy, gt_xyxy).detach()
+    iou = pair_iou(pred_xyxy, gt_xyxy).detach()
+    return CLASS_WEIGHT * class_loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou
 
 
 def criterion(outputs, gt_labels: list[Tensor], gt_boxes: list[Tensor], matches, encoder_matches, groups,
-              num_boxes: float) -> tuple[dict[str, Tensor], Tensor]:
+              proposal_groups, num_boxes: float) -> tuple[dict[str, Tensor], Tensor]:
     """The loss of a step: H-DETR Eq. 1-6, Group DETR Eq. 7, whichever the groups say.
 
-    outputs: the detector's `Outputs`; gt_labels, gt_boxes: B tensors (M_b,), (M_b,4); num_boxes: n_box above.
+    outputs: the detector's `Outputs`; gt_labels, gt_boxes: B tensors (M_b,), (M_b,4); matches and groups of the
+    decoder's and the encoder's row (matchers.py); num_boxes: n_box above.
     Returns the weighted parts, whose sum is the loss, and the IoU (P,) of the decoder's matched pairs.
     """
     pred_logits, pred_boxes, encoder_logits, encoder_boxes = outputs
-    labels, boxes = torch.cat(gt_labels), torch.cat(gt_boxes)
-    scale = loss_scale(groups, num_boxes, pred_logits)
-    heads, _, tokens, _ = encoder_logits.shape
-    encoder_scale = scale.new_full((heads, tokens), 1 / (heads * max(num_boxes, 1.0)))
-
-    parts = {}
-    parts['class'], parts['l1'], parts['giou'], iou = set_loss(pred_logits, pred_boxes, labels, boxes, matches, scale)
+    labels, boxes, parts = torch.cat(gt_labels), torch.cat(gt_boxes), {}
+    parts['class'], parts['l1'], parts['giou'], iou = set_loss(
+        pred_logits, pred_boxes, labels, boxes, matches, loss_scale(groups, num_boxes, pred_boxes))
+    # The encoder only says "object or not": every label is 0.
     parts['encoder_class'], parts['encoder_l1'], parts['encoder_giou'], _ = set_loss(
-        encoder_logits, encoder_boxes, torch.zeros_like(labels), boxes, encoder_matches, encoder_scale)
+        encoder_logits, encoder_boxes, torch.zeros_like(labels), boxes, encoder_matches,
+        loss_scale(proposal_groups, num_boxes, encoder_boxes))
     return parts, iou

@@ -1,5 +1,12 @@
 """Who is assigned to whom: every matching scheme of the papers as one row of one table.
 
+The assignment problem, as the DEIM slides open it: what each worker asks for each task, in dollars.
+
+              bathroom  floors  windows
+    Alice         8        4       7        One task each, as cheap as possible in sum: Alice cleans the bathroom, Bob
+    Bob           5        2       3        washes the windows, Carol sweeps the floors, for 8 + 3 + 4 = 15. Bob is the
+    Carol         9        4       8        cheapest everywhere, and is still not sent to the floors for 2.
+
 A detector answers with a fixed row of N queries, each a box and C class scores. Training needs to know which query
 has to answer for which object. The row is cut into groups, and a group is three things: how many queries it has, how
 many copies of every ground truth it must find in each decoder layer, and what its loss weighs. Nothing else tells the
@@ -12,6 +19,20 @@ The letters, the same in every file of this project:
     P matched pairs        D width of a token     V levels of the feature pyramid
 
 Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are not.
+
+One toy through all schemes: 6 queries, ground truths A and B, and what each pair costs (`python matchers.py` prints
+it, `--picture FILE` draws it). A letter is the ground truth that query 0..5 has to find, a dot is "nothing here".
+
+    cost    A  B      scheme, its numbers       groups       first layer, early     last layer, late
+    q0      1  2      one2one   n=6             6            A . B . . .            A . B . . .
+    q1      4  3      branch    n=2 T=4 K=2     2 | 4        A B | B A B A          A B | B A B A
+    q2      2  1      epoch     n=6 K=2         6            A B B A . .            A . B . . .
+    q3      3  6      layer     n=6 K=2 L1=1    6            A B B A . .            A . B . . .
+    q4      6  5      group     n=2 G=3         2 | 2 | 2    A B | B A | B A        A B | B A | B A
+    q5      5  9      one2many  n=6 K=2         6            A B B A . .            A B B A . .
+
+`epoch` changes with the time and `layer` with the depth, `branch` and `group` never: their extra positives live in
+queries of their own. `group` must use q4 and q5, bad as they are, since its groups do not compete with one another.
 
 Papers: H-DETR = "DETRs with Hybrid Matching"; Group DETR = "Group DETR: Fast DETR Training with Group-Wise
 One-to-Many Assignment". This file needs torch, scipy and torchvision only, and can be copied alone.
@@ -82,10 +103,10 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
     the image's own ground truths; the official code computes every image against the boxes of the whole batch.
     """
     # Only the columns of classes that are present matter: M of C, before any arithmetic.
-    p = pred_logits[..., gt_labels].sigmoid()                                               # (L, N, M)
+    p = pred_logits[..., gt_labels].sigmoid()                                                       # (L, N, M)
     positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
     negative = 0.75 * p ** 2 * -(1 - p + 1e-8).log()
-    boxes = pred_boxes.flatten(0, 1)                                                        # (L*N, 4)
+    boxes = pred_boxes.flatten(0, 1)                                                                # (L*N, 4)
     l1 = torch.cdist(boxes, gt_boxes, p=1).view_as(p)
     giou = generalized_box_iou(box_convert(boxes, 'cxcywh', 'xyxy'), box_convert(gt_boxes, 'cxcywh', 'xyxy'))
     return 2 * (positive - negative) + 5 * l1 - 2 * giou.view_as(p)
@@ -121,28 +142,117 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
     return Matches(*torch.cat(found, 1))
 
 
+def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
+    """The encoder's proposals as a row of one layer: each of the E heads is a group of all S tokens.
+
+    One head is matched one-to-one (official code of H-DETR). With a head for each group, a one-to-one group's is
+    matched one-to-one (Group DETR A.2) and a one-to-many group's with K+1 copies (H-DETR App. D).
+    """
+    if heads == 1:
+        return [QueryGroup(tokens, (1,))]
+    return [QueryGroup(tokens, (1 if group.copies[0] == 1 else group.copies[0] + 1,), group.weight) for group in groups]
+
+
 @torch.no_grad()   # an assignment is a choice, not a function: no gradient goes through it, only through the losses
 def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encoder_boxes: Tensor,
-          gt_labels: list[Tensor], gt_boxes: list[Tensor], groups: list[QueryGroup]) -> tuple[Matches, Matches]:
+          gt_labels: list[Tensor], gt_boxes: list[Tensor], groups: list[QueryGroup],
+          proposal_groups: list[QueryGroup]) -> tuple[Matches, Matches]:
     """Match all layers, images and groups of a training step, and the encoder's proposals: -> (decoder, encoder).
 
-    pred_* (L,B,N,.), encoder_* (E,B,S,.) with E encoder heads, gt_* B tensors (M_b,) and (M_b,4). The encoder is
-    matched one-to-one with every label 0, since it only ranks "object or not" (H-DETR's code; its paper is silent).
+    pred_* (L,B,N,.), encoder_* (1,B,E*S,.), gt_* B tensors (M_b,) and (M_b,4), groups and proposal_groups: how the
+    rows are cut. The encoder is matched with every label 0: it only ranks "object or not" (official code of H-DETR).
     The GPU is waited for once: all costs cross to the CPU in one transfer. The official code crosses once for each
     of the 6 + 6 layers of both branches and the encoder.
     Raises FloatingPointError, with the part, image and layer, if a cost is not finite.
     """
-    costs = [matching_cost(pred_logits[:, b], pred_boxes[:, b], gt_labels[b], gt_boxes[b])
-             for b in range(len(gt_boxes))]
+    images = range(len(gt_boxes))
+    costs = [matching_cost(pred_logits[:, b], pred_boxes[:, b], gt_labels[b], gt_boxes[b]) for b in images]
     costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b])
-              for b in range(len(gt_boxes))]
+              for b in images]
     flat = torch.cat([cost.flatten() for cost in costs]).cpu()
     on_cpu = [part.view_as(cost) for part, cost in zip(flat.split([cost.numel() for cost in costs]), costs)]
-    if not flat.isfinite().all():
-        bad = next(i for i, cost in enumerate(on_cpu) if not cost.isfinite().all())
-        layer = int((~on_cpu[bad].isfinite()).flatten(1).any(1).nonzero()[0])
-        raise FloatingPointError(f'the matching cost of {("decoder", "encoder")[bad // len(gt_boxes)]} layer {layer} '
-                                 f'is not finite at image {bad % len(gt_boxes)} of the batch')
-    tokens = [QueryGroup(encoder_logits.shape[2], (1,) * encoder_logits.shape[0])]
-    pairs = [assign(on_cpu[:len(gt_boxes)], groups), assign(on_cpu[len(gt_boxes):], tokens)]
-    return tuple(Matches(*torch.stack(part).to(pred_logits.device, non_blocking=True)) for part in pairs)
+    for i, cost in enumerate(on_cpu):
+        bad = (~cost.isfinite()).flatten(1).any(1)                                                      # (L,)
+        if bad.any():
+            part, image = divmod(i, len(gt_boxes))
+            raise FloatingPointError(f'the matching cost of {("decoder", "encoder")[part]} layer {int(bad.nonzero()[0])} '
+                                     f'is not finite for image {image} of the batch')
+    decoder, encoder = assign(on_cpu[:len(images)], groups), assign(on_cpu[len(images):], proposal_groups)
+    return tuple(Matches(*torch.stack(pairs).to(pred_logits.device, non_blocking=True)) for pairs in (decoder, encoder))
+
+
+# --- The example of the docstring, printed and drawn --------------------------------------------------------------------
+
+WORKERS = torch.tensor([[8.0, 4, 7], [5, 2, 3], [9, 4, 8]])
+TOY_COST = torch.tensor([[1.0, 2], [4, 3], [2, 1], [3, 6], [6, 5], [5, 9]])   # 6 queries, ground truths A and B
+TOY_ROWS = {'one2one': dict(n=6), 'branch': dict(n=2, T=4, K=2), 'epoch': dict(n=6, K=2), 'layer': dict(n=6, K=2, L1=1),
+            'group': dict(n=2, G=3), 'one2many': dict(n=6, K=2)}
+
+
+def toy(scheme: str, layer: int, progress: float) -> tuple[list[QueryGroup], list[str]]:
+    """The groups of a scheme with 2 decoder layers, and for each toy query 'A', 'B' or '.' in that layer."""
+    groups = query_groups(scheme, 2, progress, **TOY_ROWS[scheme])
+    matches, found = assign([TOY_COST.expand(2, -1, -1)], groups), ['.'] * len(TOY_COST)
+    for at, query, gt in zip(matches.layer.tolist(), matches.query.tolist(), matches.gt.tolist()):
+        if at == layer:
+            found[query] = 'AB'[gt]
+    return groups, found
+
+
+def draw(file: str) -> None:
+    """A panel for each scheme: queries on the left, ground truths on the right, and who sees whom in self-attention."""
+    from PIL import Image, ImageDraw, ImageFont
+    panels = [('one2one', 'always', 0, 0), ('branch', 'always', 0, 0), ('group', 'always', 0, 0), ('one2many', 'always', 0, 0),
+              ('epoch', 'first part of training', 0, 0), ('epoch', 'rest of training', 0, 1),
+              ('layer', 'first layers', 0, 0), ('layer', 'last layers', 1, 0)]
+    colours, grey, font = {'A': '#0072B2', 'B': '#D55E00', '.': '#BBBBBB'}, '#666666', ImageFont.load_default(size=17)
+    width, height = 400, 330
+    image = Image.new('RGB', (4 * width, 2 * height), 'white')
+    pen = ImageDraw.Draw(image)
+    for i, (scheme, when, layer, progress) in enumerate(panels):
+        x, y = i % 4 * width + 20, i // 4 * height + 15
+        groups, found = toy(scheme, layer, progress)
+        numbers = ' '.join(f'{name}={value}' for name, value in TOY_ROWS[scheme].items())
+        pen.text((x, y), f'{scheme}: {when}', 'black', font)
+        pen.text((x, y + 22), numbers, grey, font)
+        group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
+        row = [y + 70 + 34 * q + 12 * group_of[q] for q in range(len(found))]
+        gt_y = {'A': y + 115, 'B': y + 215}
+        for q, letter in enumerate(found):
+            if letter != '.':
+                pen.line((x + 35, row[q], x + 125, gt_y[letter]), colours[letter], 3)
+        for q, letter in enumerate(found):
+            pen.ellipse((x + 9, row[q] - 13, x + 35, row[q] + 13), colours[letter], 'black')
+            pen.text((x + 22, row[q]), f'q{q}', 'black' if letter == '.' else 'white', font, anchor='mm')
+        for letter, centre in gt_y.items():
+            pen.rectangle((x + 125, centre - 16, x + 157, centre + 16), colours[letter], 'black')
+            pen.text((x + 141, centre), letter, 'white', font, anchor='mm')
+        for q in range(len(found)):   # the attention block: row q looks at column k
+            for k in range(len(found)):
+                corner = (x + 195 + 26 * k, y + 75 + 26 * q)
+                seen = '#444444' if group_of[q] == group_of[k] else 'white'
+                pen.rectangle((*corner, corner[0] + 26, corner[1] + 26), seen, '#BBBBBB')
+        pen.text((x + 195, y + 236), 'self-attention, who sees whom', grey, ImageFont.load_default(size=12))
+    image.save(file)
+
+
+if __name__ == '__main__':
+    import argparse
+    parser = argparse.ArgumentParser(description='Carry a toy cost matrix through every matching scheme.')
+    parser.add_argument('--picture', metavar='FILE', help='also draw it')
+    args = parser.parse_args()
+    workers, tasks = one_to_many(WORKERS, 1)
+    print('workers:', ', '.join(f'{("Alice", "Bob", "Carol")[w]} {("bathroom", "floors", "windows")[t]}' for w, t in zip(workers, tasks)),
+          f'for {WORKERS[workers, tasks].sum():.0f} dollars')
+    print(f'\n{"scheme":10}{"numbers":20}{"groups":14}{"first layer, early":23}last layer, late')
+    for scheme, numbers in TOY_ROWS.items():
+        cells = []
+        for layer, progress in ((0, 0.0), (1, 1.0)):
+            groups, found = toy(scheme, layer, progress)
+            letters = iter(found)
+            cells.append(' | '.join(' '.join(next(letters) for _ in range(group.queries)) for group in groups))
+        print(f'{scheme:10}{" ".join(f"{k}={v}" for k, v in numbers.items()):20}'
+              f'{" | ".join(str(group.queries) for group in groups):14}{cells[0]:23}{cells[1]}')
+    if args.picture:
+        draw(args.picture)
+        print(f'picture: {args.picture}')

@@ -23,16 +23,17 @@ import eval as evaluation
 from data import FirstImages, UserError, open_dataset, train_loader
 from hybrid_detr import HybridDETR, official_name
 from losses import criterion
-from matchers import match, query_groups
+from matchers import encoder_groups, match, query_groups
 
-# --- Settings: what is not given as a flag comes from here ----------------------------------------------------------------
+# --- Settings: what is not given as a flag comes from here ----------------------------------------------------------
 
 COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, rho=2 / 3, weight=1.0, clip=0.1, weight_decay=1e-4,
               dropout=0.0, mixed_selection=True, look_forward_twice=True, pretrained=True, workers=2, eval_every=1.0,
-              overfit=0, init=None)
-TINY = dict(image_size=128, batch_size=16, steps=1000, lr=1e-3, schedule='cosine', warmup=0.05, pretrained=False, ffn=256)
+              overfit=0, vertical_flip=False, init=None)
+TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine', warmup=0.05, pretrained=False, ffn=256)
+TINY_PHOTOS = dict(image_size=192, batch_size=4, lr=7e-4, steps=2800)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
-TINY_MODEL = dict(width=128, heads=8, encoder_layers=2, decoder_layers=3, levels=3)
+TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, decoder_layers=6, levels=4)
 
 # The numbers of each scheme's table row (matchers.query_groups): the papers' on COCO, and a sixth of them for `tiny`.
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None = None) -> dict:
     group = parser.add_argument_group('what to train')
     group.add_argument('--scheme', help=f'matching scheme: {", ".join(PAPER_ROWS)} (default: {COMMON["scheme"]})')
     group.add_argument('--data', help="'shapes', made on the fly, or a folder in the COCO layout (default: shapes)")
+    group.add_argument('--vertical-flip', action='store_true', help='augment a folder for images without an up, as microscopes see')
     group.add_argument('--model', help='tiny, r50, or a ResNet or Swin of torchvision (default: tiny)')
     group.add_argument('--overfit', type=int, metavar='N', help='train and evaluate on the first N training images, unchanged')
     group = parser.add_argument_group("the scheme's numbers (defaults depend on scheme and model)")
@@ -91,7 +93,8 @@ def complete(given: dict) -> dict:
     rows = TINY_ROWS if tiny else PAPER_ROWS
     if scheme not in rows:
         raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)}')
-    settings = {**COMMON, **(TINY if tiny else PAPER), **rows[scheme], **given}
+    photos = TINY_PHOTOS if tiny and given.get('data', COMMON['data']) != 'shapes' else {}
+    settings = {**COMMON, **(TINY if tiny else PAPER), **photos, **rows[scheme], **given}
     if 'steps' in given and 'epochs' in given:
         raise UserError('--steps and --epochs: give one of them')
     if 'epochs' in given:
@@ -125,7 +128,7 @@ def architecture(settings: dict, num_classes: int) -> dict:
                 encoder_heads=len(groups) if settings['scheme'] == 'group' else 1, **size)
 
 
-# --- Start: model, optimizer, files ------------------------------------------------------------------------------------------
+# --- Start: model, optimizer, files ---------------------------------------------------------------------------------
 
 def parameter_groups(model: HybridDETR, lr: float, tiny: bool) -> list[dict]:
     """A tenth of the learning rate for a pretrained backbone and for the sampling offsets, as in the official code."""
@@ -180,12 +183,14 @@ def new_folder(settings: dict) -> Path:
     return next(path for path in taken if not path.exists())
 
 
-# --- The loop -------------------------------------------------------------------------------------------------------------------
+# --- The loop -------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
     given = parse(argv)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device(given.pop('device', 'cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise UserError(f'--device {device}: torch finds no CUDA device here')
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     workers, resume = given.pop('workers', COMMON['workers']), given.pop('resume', None)
@@ -204,7 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(settings['seed'])
     tiny = settings['model'] == 'tiny'
 
-    train_set = open_dataset(settings['data'], 'train', settings['image_size'], augment=not settings['overfit'], seed=settings['seed'])
+    train_set = open_dataset(settings['data'], 'train', settings['image_size'], augment=not settings['overfit'],
+                             vertical_flip=settings['vertical_flip'], seed=settings['seed'])
     val_set = train_set if settings['overfit'] else open_dataset(settings['data'], 'val', settings['image_size'], seed=settings['seed'])
     if settings['overfit']:
         train_set = val_set = FirstImages(train_set, settings['overfit'])
@@ -247,11 +253,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         trained = model
 
-    folder.mkdir(parents=True, exist_ok=True)
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
     if rank == 0:
-        kept = [line for line in metrics_file.read_text().splitlines() if json.loads(line)['step'] <= start] if checkpoint else []
-        metrics_file.write_text(''.join(line + '\n' for line in kept))
+        if checkpoint:   # what was logged after the checkpoint happens again
+            kept = [line for line in metrics_file.read_text().splitlines() if json.loads(line)['step'] <= start]
+            metrics_file.write_text(''.join(line + '\n' for line in kept))
         print(f'{folder}: {settings["scheme"]} on {settings["data"]}, {steps} steps of {batch_size * world} images on {device}, '
               f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
         for i, group in enumerate(groups_at(settings, layers, 0.0)):
@@ -259,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def log(record: dict) -> None:
         if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)   # only now: a run that fails at its start leaves nothing behind
             with metrics_file.open('a') as file:
                 file.write(json.dumps(record) + '\n')
 
@@ -274,15 +281,18 @@ def main(argv: list[str] | None = None) -> None:
         groups = groups_at(settings, layers, progress)
 
         outputs = trained(batch.images, batch.padding_mask)
+        heads = len(model.encoder_class_heads)
+        proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
         try:
-            matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups)
+            matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals)
         except FloatingPointError as error:
             raise UserError(f'step {step}: {error}; images {", ".join(batch.names)}. Lower --lr?') from None
         num_boxes = torch.tensor(float(sum(map(len, batch.gt_labels))))
         if world > 1:
             num_boxes = num_boxes.to(device)
             dist.all_reduce(num_boxes)
-        parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, num_boxes.item() / world)
+        parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
+                               num_boxes.item() / world)
         loss = sum(parts.values())
 
         optimizer.zero_grad(set_to_none=True)
