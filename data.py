@@ -244,7 +244,8 @@ class CocoFolder(Dataset):
     evaluation sees the file as it is. Raises UserError, naming the file, if something is missing or unreadable.
     """
 
-    def __init__(self, root: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False, seed: int = 0):
+    def __init__(self, root: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False,
+                 seed: int = 0):
         self.folder, self.seed = Path(root) / f'{split}2017', seed
         file = Path(root) / 'annotations' / f'instances_{split}2017.json'
         for path, what in ((Path(root), 'data folder'), (self.folder, 'image folder'), (file, 'annotation file')):

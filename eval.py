@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import io
 import json
-import os
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -43,7 +43,8 @@ def read_checkpoint(path: str) -> dict:
     except FileNotFoundError:
         raise UserError(f'checkpoint {path} does not exist') from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f'{path} is no readable checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}') from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f'{path} is no readable checkpoint: {reason}') from None
     if not isinstance(content, dict) or not isinstance(content.get('model'), dict):
         raise UserError(f"{path} is no checkpoint of a detector: it has no entry 'model'")
     return content
@@ -54,7 +55,7 @@ def is_official(checkpoint: dict) -> bool:
 
 
 def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
-    """-> the model in eval mode, the categories of its columns (None: COCO's raw ids), the settings it was trained with.
+    """-> the model in eval mode, the categories of its columns (None: COCO's raw ids), the settings of its training.
 
     Raises UserError if the file does not hold a detector of this project or of HDETR/H-Deformable-DETR.
     """
@@ -92,9 +93,9 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
 
 
 @torch.inference_mode()
-def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: int, workers: int, nms: float | None = None,
-           group: int = 0) -> np.ndarray:
-    """Run the detector over a data set: rows of (image id, x, y, w, h, score, category id). ids: category of each column.
+def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: int, workers: int,
+           nms: float | None = None, group: int = 0) -> np.ndarray:
+    """Run the detector over a data set: rows of (image id, x, y, w, h, score, category id). ids: of the class columns.
 
     Under torchrun every process takes its share of the images, and all get all rows. The model is left as it was.
     """
@@ -102,12 +103,14 @@ def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: i
     device, was_training = next(model.parameters()).device, model.training
     rows, id_of = [np.zeros((0, 7))], np.array(ids)
     model.eval()
-    for batch in tqdm(val_loader(dataset, batch_size, workers, rank, world), desc='evaluate', leave=False, disable=rank > 0 or None):
+    loader = val_loader(dataset, batch_size, workers, rank, world)
+    for batch in tqdm(loader, desc='evaluate', leave=False, disable=rank > 0 or None):
         batch = batch.to(device)
         outputs = model(batch.images, batch.padding_mask, group)
         for image_id, (scores, labels, boxes) in zip(batch.image_ids, detections(outputs, batch.sizes, nms=nms)):
             xywh = box_convert(boxes, 'xyxy', 'xywh').double().cpu().numpy()
-            rows.append(np.column_stack([np.full(len(xywh), image_id), xywh, scores.double().cpu(), id_of[labels.cpu()]]))
+            rows.append(np.column_stack([np.full(len(xywh), image_id), xywh, scores.double().cpu(),
+                                         id_of[labels.cpu()]]))
     model.train(was_training)
     rows = np.concatenate(rows)
     if world > 1:
@@ -115,6 +118,14 @@ def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: i
         dist.all_gather_object(shares, rows)
         rows = np.concatenate(shares)
     return rows
+
+
+def duplicate_rate(rows: np.ndarray) -> float:
+    """The part of the detections of score above 0.3 that overlap a better one of their image and class at IoU 0.7."""
+    rows = torch.from_numpy(rows[rows[:, 5] > 0.3])
+    image_and_class = rows[:, [0, 6]].unique(dim=0, return_inverse=True)[1]
+    kept = batched_nms(box_convert(rows[:, 1:5], 'xywh', 'xyxy'), rows[:, 5], image_and_class, 0.7)
+    return 1 - len(kept) / max(len(rows), 1)
 
 
 def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False):
@@ -138,8 +149,10 @@ def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False):
     with contextlib.nullcontext() if table else contextlib.redirect_stdout(chatter):
         evaluation.summarize()
     precision = evaluation.eval['precision'][:, :, :, 0, -1]  # (IoU thresholds, recalls, classes); -1: no ground truth
-    by_class = {category_id: float(precision[..., k][precision[..., k] > -1].mean()) if (precision[..., k] > -1).any() else float('nan')
-                for k, category_id in enumerate(evaluation.params.catIds)}
+    by_class = {}
+    for k, category_id in enumerate(evaluation.params.catIds):
+        known = precision[..., k][precision[..., k] > -1]
+        by_class[category_id] = float(known.mean()) if known.size else math.nan
     return dict(zip(METRICS, evaluation.stats.tolist())), by_class
 
 
@@ -169,9 +182,9 @@ def draw_boxes(picture: Tensor, boxes: Tensor, labels: list[int], texts: list[st
 
 
 @torch.inference_mode()
-def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: Path, n: int = 4, threshold: float = 0.3,
-                     nms: float | None = None, group: int = 0) -> None:
-    """Save a PNG with a row for each of the first n images: ground truth left, predictions of score >= threshold right."""
+def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: Path, n: int = 4,
+                     threshold: float = 0.3, nms: float | None = None, group: int = 0) -> None:
+    """Save a PNG, a row for each of the first n images: ground truth left, predictions of score >= threshold right."""
     device, was_training, rows = next(model.parameters()).device, model.training, []
     names = dict(zip(dataset.categories.ids, dataset.categories.names))
     model.eval()
@@ -180,7 +193,8 @@ def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: 
         (scores, labels, boxes), = detections(outputs, [(1, 1)], nms=nms)
         good = scores >= threshold
         shown = [dataset.categories.label_of.get(ids[label], 0) for label in labels[good].tolist()]
-        texts = [f'{names.get(ids[label], ids[label])} {score:.2f}' for label, score in zip(labels[good].tolist(), scores[good].tolist())]
+        texts = [f'{names.get(ids[label], ids[label])} {score:.2f}'
+                 for label, score in zip(labels[good].tolist(), scores[good].tolist())]
         picture, truth = as_picture(batch.images[0]), batch.gt_labels[0].tolist()
         pair = [draw_boxes(picture, batch.gt_boxes[0], truth, [dataset.categories.names[label] for label in truth]),
                 draw_boxes(picture, box_convert(boxes[good], 'xyxy', 'cxcywh'), shown, texts)]
@@ -194,24 +208,26 @@ def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: 
 # --- The command ----------------------------------------------------------------------------------------------------
 
 def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int) -> list[int]:
-    """The data set's category id of every class column. Raises UserError if the model was trained for other categories."""
+    """The category id of every class column. Raises UserError if the model was trained for other categories."""
     theirs = dataset.categories
-    if model_categories is None:   # an official checkpoint: column c is COCO's raw category id c; column 0 and gaps stay unused
+    if model_categories is None:   # an official checkpoint: column c is COCO's raw category id c, 0 and the gaps unused
         if max(theirs.ids) >= columns:
-            raise UserError(f'the checkpoint has {columns} columns for raw category ids, but the data has id {max(theirs.ids)}')
+            raise UserError(f'the checkpoint has {columns} columns for category ids, the data has id {max(theirs.ids)}')
         return list(range(columns))
     if model_categories.ids != theirs.ids:
-        raise UserError(f'the checkpoint detects {len(model_categories)} classes ({", ".join(model_categories.names[:6])}...) with ids '
-                        f'{model_categories.ids[:6]}, the data has {len(theirs)} ({", ".join(theirs.names[:6])}...) with ids {theirs.ids[:6]}')
+        ours, data = (f'{len(c)} classes, {", ".join(c.names[:4])}.. with ids {c.ids[:4]}..'
+                      for c in (model_categories, theirs))
+        raise UserError(f'the checkpoint detects {ours}, the data has {data}')
     return theirs.ids
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--weights', required=True, help='checkpoint of train.py or of HDETR/H-Deformable-DETR')
-    parser.add_argument('--data', help="'shapes' or a folder in the COCO layout (default: what the checkpoint was trained on)")
+    parser.add_argument('--data', help="'shapes' or a folder in the COCO layout; None: what it was trained on")
     parser.add_argument('--split', choices=('val', 'train'), default='val', help='which part of the data')
-    parser.add_argument('--image-size', type=int, help='short side of the resized image (default: as in training)')
+    parser.add_argument('--image-size', type=int, help='short side of the resized images; None: as in training')
     parser.add_argument('--batch-size', type=int, default=8, help='images at a time')
     parser.add_argument('--workers', type=int, default=2, help='processes that load images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda or cpu')
@@ -219,7 +235,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--nms', type=float, help='remove boxes that overlap a better one of their class at this IoU')
     parser.add_argument('--per-class', action='store_true', help='print the AP of each class')
     parser.add_argument('--save-json', help="write the detections in COCO's results format to this file")
-    parser.add_argument('--pictures', type=int, default=0, metavar='N', help='draw ground truth and predictions of N images')
+    parser.add_argument('--pictures', type=int, default=0, metavar='N',
+                        help='draw ground truth and predictions of N images')
     parser.add_argument('--picture-file', default='predictions.png', help='where --pictures draws')
     return parser.parse_args(argv)
 
@@ -228,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     model, categories, settings = load_detector(args.weights)
     if not 0 <= args.group < len(model.groups):
-        raise UserError(f'--group {args.group}: the model has the groups 0..{len(model.groups) - 1} of {model.groups} queries')
+        raise UserError(f'--group {args.group}: the model has groups 0 to {len(model.groups) - 1}')
     name = args.data or settings.get('data')
     if name is None:
         raise UserError('an official checkpoint does not say on what to evaluate: add --data COCO')
@@ -238,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     ids = ids_for(categories, dataset, model.class_heads[0].out_features)
     rows = detect(model, dataset, ids, batch_size=args.batch_size, workers=args.workers, nms=args.nms, group=args.group)
     if args.save_json:
-        results = [{'image_id': int(r[0]), 'category_id': int(r[6]), 'bbox': [round(x, 3) for x in r[1:5]], 'score': r[5]} for r in rows.tolist()]
+        results = [{'image_id': int(image_id), 'category_id': int(category_id), 'bbox': bbox, 'score': score}
+                   for image_id, *bbox, score, category_id in rows.tolist()]
         Path(args.save_json).write_text(json.dumps(results))
         print(f'{len(results)} detections written to {args.save_json}')
     _, by_class = average_precision(dataset.coco_json(), rows, table=True)

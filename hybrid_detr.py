@@ -301,20 +301,23 @@ class HybridDETR(nn.Module):
     """Two-stage Deformable DETR on a query row cut into groups.
 
     groups: queries of each group, e.g. (300, 1500) for H-DETR's hybrid branch, (300,) * 11 for Group DETR.
-    encoder_heads: 1, or one pair per group, each choosing its own group's proposals (Group DETR A.2).
+    selection: 'ranks' has one pair of encoder heads; 'heads' and 'distinct' have one for each group; see `select`.
+    separate_attention=False lets all groups of a training step see each other (Group DETR Table 7 c).
     ffn=2048, dropout=0, mixed_selection, look_forward_twice: the switches of H-DETR Table 8, in the paper's best row.
     backbone: 'tiny' or a name for `Backbone`; frozen_backbone: see there.
-    Raises ValueError if encoder_heads fits neither.
+    Raises ValueError for an unknown selection or backbone.
     """
 
     def __init__(self, num_classes: int, groups: Sequence[int] = (300,), backbone: str = 'resnet50', *,
                  frozen_backbone: bool = True, width: int = 256, heads: int = 8, encoder_layers: int = 6,
                  decoder_layers: int = 6, ffn: int = 2048, points: int = 4, levels: int = 4, dropout: float = 0.0,
-                 mixed_selection: bool = True, look_forward_twice: bool = True, encoder_heads: int = 1):
+                 mixed_selection: bool = True, look_forward_twice: bool = True, selection: str = 'ranks',
+                 separate_attention: bool = True):
         super().__init__()
-        if encoder_heads not in (1, len(groups)):
-            raise ValueError(f'{encoder_heads} encoder heads for {len(groups)} groups: use 1, or one for each group')
-        self.groups, self.look_forward_twice = tuple(groups), look_forward_twice
+        if selection not in ('ranks', 'heads', 'distinct'):
+            raise ValueError(f'unknown selection {selection!r}: use ranks, heads or distinct')
+        self.groups, self.selection = tuple(groups), selection
+        self.look_forward_twice, self.separate_attention = look_forward_twice, separate_attention
         self.backbone = TinyBackbone() if backbone == 'tiny' else Backbone(backbone, frozen_backbone)
         channels = self.backbone.channels
         # Levels beyond the backbone's three: a stride-2 convolution on its last map, before any projection.
@@ -332,6 +335,7 @@ class HybridDETR(nn.Module):
         box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                                  nn.Linear(width, 4))
         self.class_heads, self.box_heads = clones(class_head, decoder_layers), clones(box_head, decoder_layers)
+        encoder_heads = 1 if selection == 'ranks' else len(groups)
         self.encoder_class_heads = clones(class_head, encoder_heads)
         self.encoder_box_heads = clones(box_head, encoder_heads)
         self.reset_parameters()
@@ -368,15 +372,25 @@ class HybridDETR(nn.Module):
         """
         if group is None and not self.training:
             group = 0
-        tokens, shapes = self.pyramid(images)                                                       # (B, S, D)
+        tokens, shapes = self.pyramid(images)                                                           # (B, S, D)
         where = geometry(padding_mask, shapes, self.level_embed)
-        reference = where.centres[:, :, None] * where.valid_ratios[:, None]                         # (B, S, V, 2)
+        reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
         for layer in self.encoder:
             tokens = layer(tokens, where.position, reference, shapes, where.padding)
 
-        encoder_logits, encoder_boxes_unact = self.propose(tokens, where, group)
-        boxes, content, position, groups = self.select(encoder_logits, encoder_boxes_unact, group)
-        pred_logits, pred_boxes = self.decode(boxes, content, position, groups, tokens, where)
+        # What a later group may choose depends on the earlier ones, so their proposals are always made.
+        sizes = self.groups if group is None else self.groups[:group + 1]
+        encoder_logits, encoder_boxes_unact = self.propose(tokens, where, heads=len(sizes))
+        boxes, first = self.select(encoder_logits, encoder_boxes_unact, sizes), 0
+        if group is not None:
+            boxes, first, sizes = boxes[group:], sum(sizes[:group]), sizes[group:]
+        boxes = torch.cat(boxes, 1)                                                                     # (B, N, 4)
+        position, content = self.position_proj(sine_code(boxes, tokens.shape[-1] // 2)).chunk(2, -1)    # (B, N, D) each
+        if self.query_content is not None:   # mixed query selection: position from the image, content learned
+            content = self.query_content[first:first + sum(sizes)].expand(len(boxes), -1, -1)
+        if not self.separate_attention:
+            sizes = (sum(sizes),)
+        pred_logits, pred_boxes = self.decode(boxes, content, position, sizes, tokens, where)
         encoder_logits, encoder_boxes = (x.transpose(0, 1).flatten(1, 2)[None] for x in
                                          (encoder_logits, encoder_boxes_unact.sigmoid()))
         return Outputs(pred_logits, pred_boxes, encoder_logits, encoder_boxes)
@@ -390,45 +404,41 @@ class HybridDETR(nn.Module):
             levels.append(projection(source))
         return torch.cat([m.flatten(2).transpose(1, 2) for m in levels], 1), [tuple(m.shape[2:]) for m in levels]
 
-    def propose(self, tokens: Tensor, where: Geometry, group: int | None) -> tuple[Tensor, Tensor]:
-        """Every token proposes a box (before the sigmoid) and a score: (B,S,D) -> (E,B,S,C), (E,B,S,4).
+    def propose(self, tokens: Tensor, where: Geometry, heads: int) -> tuple[Tensor, Tensor]:
+        """Every token proposes a box (before the sigmoid) and a score: (B,S,D) -> (E,B,S,C), (E,B,S,4), E = heads.
 
         Tokens that are ruled out have features 0 and box logits +inf: they share one score and the box (1,1,1,1), stay
         in the loss as background, and may even be chosen if nothing better is left (official code).
         """
-        proposal = proposals(where)                                                                 # (B, S, 4)
+        proposal = proposals(where)                                                                     # (B, S, 4)
         features = self.proposal_proj(tokens.masked_fill(proposal[..., :1].isinf(), 0.0))
-        last = len(self.encoder_class_heads) - 1
-        heads = range(last + 1) if group is None else [min(group, last)]
-        logits = torch.stack([self.encoder_class_heads[e](features) for e in heads])
-        boxes = torch.stack([self.encoder_box_heads[e](features) for e in heads]) + proposal
+        logits = torch.stack([head(features) for head in self.encoder_class_heads[:heads]])
+        boxes = torch.stack([head(features) for head in self.encoder_box_heads[:heads]]) + proposal
         return logits, boxes
 
-    def select(self, logits: Tensor, boxes_unact: Tensor, group: int | None):
-        """Two-stage: the tokens with the best scores become the queries of the row.
+    def select(self, logits: Tensor, boxes_unact: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Two-stage: the tokens with the best scores become the queries: -> boxes (B,n,4) of each group, detached.
 
-        With one encoder head, the row holds the ranks 1, 2, 3, ...: the first group gets the best proposals and
-        the others what is left (official code; H-DETR App. D names this as the reason why K=1 is worse than the
-        baseline). With a head for each group, each takes its own best (Group DETR A.2).
-        Returns boxes (B,N,4) without gradient, content and position (B,N,D), and the sizes of the groups present.
+        'ranks': one head, whose ranks 1, 2, 3, ... fill the row. The first group gets the best proposals, the others
+        what is left; H-DETR App. D finds here why K=1 is worse than the baseline: ranks 301-600 are badly placed.
+        'heads': each group takes the best of a head of its own, and starts as well as the first (Group DETR A.2).
+        'distinct': the same without the tokens that an earlier group has taken (H-DETR App. D, for K=1).
         """
-        sizes = self.groups if group is None else self.groups[group:group + 1]
-        first = 0 if group is None else sum(self.groups[:group])
-        scores = logits[..., 0]                                                                     # (E, B, S)
-        if len(self.encoder_class_heads) == 1:
-            wanted = [(0, first, first + sum(sizes))]
-        else:
-            wanted = [(e, 0, size) for e, size in enumerate(sizes)]
-        if max(last for _, _, last in wanted) > scores.shape[2]:
-            raise ValueError(f'the image has {scores.shape[2]} tokens, too few to choose {wanted[-1][2]} queries from: '
+        scores = logits[..., 0]                                                                         # (E, B, S)
+        wanted = sum(sizes) if self.selection != 'heads' else max(sizes)
+        if wanted > scores.shape[2]:
+            raise ValueError(f'the image has {scores.shape[2]} tokens, too few to choose {wanted} queries from: '
                              'use larger images or fewer queries')
-        boxes = torch.cat([boxes_unact[e].gather(1, scores[e].topk(last, 1).indices[:, begin:, None].expand(-1, -1, 4))
-                           for e, begin, last in wanted], 1).detach().sigmoid()                     # (B, N, 4)
-        code = sine_code(boxes, self.level_embed.shape[1] // 2)                                     # (B, N, 2D)
-        position, content = self.position_proj(code).chunk(2, -1)
-        if self.query_content is not None:   # mixed query selection: position from the image, content learned
-            content = self.query_content[first:first + sum(sizes)].expand(len(boxes), -1, -1)
-        return boxes, content, position, sizes
+        if self.selection == 'ranks':
+            chosen = [(0, top) for top in scores[0].topk(wanted).indices.split(list(sizes), 1)]
+        else:
+            chosen, taken = [], torch.zeros_like(scores[0], dtype=torch.bool)
+            for e, size in enumerate(sizes):
+                top = scores[e].masked_fill(taken, -math.inf).topk(size).indices                        # (B, n)
+                chosen.append((e, top))
+                if self.selection == 'distinct':
+                    taken = taken.scatter(1, top, True)
+        return [boxes_unact[e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid() for e, top in chosen]
 
     def decode(self, boxes, content, position, groups, tokens, where) -> tuple[Tensor, Tensor]:
         """Iterative refinement: each layer moves the boxes of the one before: -> (L,B,N,C), (L,B,N,4)."""

@@ -83,6 +83,14 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
     return [group for group in table[scheme] if group.queries > 0]   # T = 0 is the baseline
 
 
+def expected_positives(scheme: str, layers: int, epochs: float, **row) -> float:
+    """Positive queries of one ground truth in a whole training (H-DETR §4.2: 504 in 12 epochs for all its schemes)."""
+    early, late = (sum(sum(group.copies) for group in query_groups(scheme, layers, progress, **row))
+                   for progress in (0, 1))
+    rho = row.get('rho', 0)   # only `epoch` changes with time
+    return epochs * (rho * early + (1 - rho) * late)
+
+
 class Matches(NamedTuple):
     """P matched pairs: prediction [layer, image, query] answers for ground truth `gt` of the batch's concatenated
     boxes. All int64 of shape (P,)."""
@@ -175,13 +183,13 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
         bad = (~cost.isfinite()).flatten(1).any(1)                                                      # (L,)
         if bad.any():
             part, image = divmod(i, len(gt_boxes))
-            raise FloatingPointError(f'the matching cost of {("decoder", "encoder")[part]} layer {int(bad.nonzero()[0])} '
-                                     f'is not finite for image {image} of the batch')
+            raise FloatingPointError(f'the cost of {("decoder", "encoder")[part]} layer {int(bad.nonzero()[0])} is not '
+                                     f'finite for image {image} of the batch')
     decoder, encoder = assign(on_cpu[:len(images)], groups), assign(on_cpu[len(images):], proposal_groups)
     return tuple(Matches(*torch.stack(pairs).to(pred_logits.device, non_blocking=True)) for pairs in (decoder, encoder))
 
 
-# --- The example of the docstring, printed and drawn --------------------------------------------------------------------
+# --- The example of the docstring, printed and drawn ----------------------------------------------------------------
 
 WORKERS = torch.tensor([[8.0, 4, 7], [5, 2, 3], [9, 4, 8]])
 TOY_COST = torch.tensor([[1.0, 2], [4, 3], [2, 1], [3, 6], [6, 5], [5, 9]])   # 6 queries, ground truths A and B
@@ -202,8 +210,9 @@ def toy(scheme: str, layer: int, progress: float) -> tuple[list[QueryGroup], lis
 def draw(file: str) -> None:
     """A panel for each scheme: queries on the left, ground truths on the right, and who sees whom in self-attention."""
     from PIL import Image, ImageDraw, ImageFont
-    panels = [('one2one', 'always', 0, 0), ('branch', 'always', 0, 0), ('group', 'always', 0, 0), ('one2many', 'always', 0, 0),
-              ('epoch', 'first part of training', 0, 0), ('epoch', 'rest of training', 0, 1),
+    panels = [('one2one', 'always', 0, 0), ('branch', 'always', 0, 0), ('group', 'always', 0, 0),
+              ('one2many', 'always', 0, 0), ('epoch', 'first part of training', 0, 0),
+              ('epoch', 'rest of training', 0, 1),
               ('layer', 'first layers', 0, 0), ('layer', 'last layers', 1, 0)]
     colours, grey, font = {'A': '#0072B2', 'B': '#D55E00', '.': '#BBBBBB'}, '#666666', ImageFont.load_default(size=17)
     width, height = 400, 330
@@ -242,8 +251,8 @@ if __name__ == '__main__':
     parser.add_argument('--picture', metavar='FILE', help='also draw it')
     args = parser.parse_args()
     workers, tasks = one_to_many(WORKERS, 1)
-    print('workers:', ', '.join(f'{("Alice", "Bob", "Carol")[w]} {("bathroom", "floors", "windows")[t]}' for w, t in zip(workers, tasks)),
-          f'for {WORKERS[workers, tasks].sum():.0f} dollars')
+    chosen = [f'{("Alice", "Bob", "Carol")[w]} {("bathroom", "floors", "windows")[t]}' for w, t in zip(workers, tasks)]
+    print(f'workers: {", ".join(chosen)}, for {WORKERS[workers, tasks].sum():.0f} dollars')
     print(f'\n{"scheme":10}{"numbers":20}{"groups":14}{"first layer, early":23}last layer, late')
     for scheme, numbers in TOY_ROWS.items():
         cells = []

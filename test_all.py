@@ -257,7 +257,7 @@ class TestGolden(Close, unittest.TestCase):
             outputs = model.train()(images, mask)
             shapes = [tuple(seen[f'feat{v}'].shape[2:]) for v in range(4)]
             where = hybrid_detr.geometry(mask, shapes, torch.zeros(4, 256))
-            boxes = model.select(*model.propose(seen['memory'], where, None), None)[0]
+            boxes = torch.cat(model.select(*model.propose(seen['memory'], where, 1), model.groups), 1)
             for hook in hooks:
                 hook.remove()
             inference = model.eval()(images, mask)
@@ -489,6 +489,42 @@ class TestSchemes(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, 'unknown scheme'):
             query_groups('one2two', 6, n=3)
 
+    def test_504_positives(self):
+        """H-DETR §4.2: its three schemes give a ground truth equally many positives in 12 epochs of 6 layers."""
+        for scheme, wanted in (('one2one', 72), ('branch', 504), ('epoch', 504), ('layer', 504), ('group', 11 * 72)):
+            self.assertAlmostEqual(matchers.expected_positives(scheme, 6, 12, **train.PAPER_ROWS[scheme]), wanted, msg=scheme)
+
+    def test_the_toy_of_the_docstring(self):
+        """`python matchers.py` prints the table of the module's docstring."""
+        printed = subprocess.run([sys.executable, str(HERE / 'matchers.py')], capture_output=True, text=True, check=True).stdout
+        self.assertIn('Alice bathroom, Bob windows, Carol floors, for 15 dollars', printed)
+        table = {line.split()[0]: ' '.join(line.split()) for line in printed.splitlines() if line}
+        for line in matchers.__doc__.splitlines():
+            row = re.match(r'    q\d +\d +\d +(\w+ .*)', line)
+            if row:
+                self.assertEqual(' '.join(row[1].split()), table[row[1].split()[0]])
+
+    def test_golden_assignments(self):
+        """Released code of H-DETR and of Group DETR's three implementations, on the same costs."""
+        if not GOLDEN.exists():
+            self.skipTest(f'{GOLDEN} is not there')
+        arrays = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / 'losses_and_costs.npz').items()
+                  if name.startswith(('in.', 'h.group', 'i.one2many'))}
+        sizes = arrays['in.tgt_sizes'].tolist()
+        labels, boxes = arrays['in.tgt_labels'].split(sizes), arrays['in.tgt_boxes'].split(sizes)
+        for name, loss, prefix, groups in (('h.group_K3', 'h.group_K3.mean.total_2_5_2', 'in.', [QueryGroup(4, (1,), 1 / 3)] * 3),
+                                           ('i.one2many_K3', 'i.one2many_K3.total_2_5_2', 'in.o2m_', [QueryGroup(15, (3,))])):
+            logits, predicted = (arrays[prefix + field][None].requires_grad_() for field in ('logits', 'boxes'))
+            matches, _ = match(logits, predicted, logits[:, :, :6], predicted[:, :, :6], labels, boxes, groups, [QueryGroup(6, (1,))])
+            image = torch.arange(2).repeat_interleave(arrays[name + '.assign.sizes'])
+            wanted = zip(image.tolist(), arrays[name + '.assign.src'].tolist(), (arrays[name + '.assign.tgt'] + 3 * image).tolist())
+            self.assertEqual(sorted(zip(*(x.tolist() for x in matches[1:]))), sorted(wanted), name)
+            *parts, _ = losses.set_loss(logits, predicted, arrays['in.tgt_labels'], arrays['in.tgt_boxes'], matches, losses.loss_scale(groups, 5, logits))
+            sum(parts).backward()
+            self.assertAlmostEqual(sum(parts).item() / float(arrays[loss + '.loss']), 1, delta=1e-6)
+            for field, tensor in (('logits', logits), ('boxes', predicted)):
+                self.assertTrue(torch.allclose(tensor.grad[0], arrays[f'{loss}.grad_{field}'], rtol=1e-6, atol=1e-9), f'{name} {field}')
+
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
@@ -580,9 +616,9 @@ class TestGroups(unittest.TestCase):
             self.assertTrue(torch.allclose(attention(content, position, groups), wanted, atol=1e-6))
 
     def test_a_group_alone_gives_what_it_gives_in_the_row(self):
-        for groups, heads in (((6, 10), 1), ((7, 7, 7), 3)):
-            model = tiny_model(groups, encoder_heads=heads).eval()
-            model_train = tiny_model(groups, encoder_heads=heads)
+        for groups, selection in (((6, 10), 'ranks'), ((5, 8), 'distinct'), ((7, 7, 7), 'heads')):
+            model = tiny_model(groups, selection=selection).eval()
+            model_train = tiny_model(groups, selection=selection)
             model_train.backbone.eval()
             with torch.no_grad():
                 row, first = model_train(self.images, self.mask), 0
@@ -591,7 +627,26 @@ class TestGroups(unittest.TestCase):
                     self.assertTrue(torch.allclose(row.pred_boxes[:, :, first:first + size], alone.pred_boxes, atol=1e-5), f'group {g}')
                     first += size
                 self.assertTrue(torch.equal(model(self.images, self.mask).pred_boxes, model(self.images, self.mask, 0).pred_boxes))
-        self.assertEqual(row.encoder_logits.shape[2], 3 * alone.encoder_logits.shape[2])
+        self.assertEqual(row.encoder_logits.shape[2], 3 * model(self.images, self.mask).encoder_logits.shape[2])
+
+    def test_attention_that_is_not_separate(self):
+        """Group DETR Table 7 (c): the groups see each other in training, and inference still has one group."""
+        model = tiny_model((5, 5), separate_attention=False)
+        model.backbone.eval()
+        separate = tiny_model((5, 5))
+        separate.backbone.eval()
+        with torch.no_grad():
+            self.assertFalse(torch.allclose(model(self.images, self.mask).pred_boxes, separate(self.images, self.mask).pred_boxes))
+            self.assertTrue(torch.equal(model.eval()(self.images, self.mask).pred_boxes, separate.eval()(self.images, self.mask).pred_boxes))
+
+    def test_selection(self):
+        logits, boxes = torch.randn(2, 2, 30, 3), torch.randn(2, 2, 30, 4)
+        boxes[1] = boxes[0]    # tokens can be told by their boxes
+        for selection in ('ranks', 'heads', 'distinct'):
+            first, second = tiny_model((6, 9), selection=selection).select(logits, boxes, (6, 9))
+            shared = sum(bool((second[b] == box).all(-1).any()) for b in range(2) for box in first[b])
+            self.assertEqual(first.shape[1:], (6, 4))
+            self.assertEqual(shared > 0, selection == 'heads', f'{selection}: {shared} tokens are in both groups')
 
     def test_switches(self):
         state = {name for name, _ in tiny_model((6,)).named_parameters()}

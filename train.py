@@ -1,10 +1,10 @@
 """Train a detector with any matching scheme:  python train.py --scheme group
 
-One loop, in the order things happen: learning rate, batch, forward, match, loss, backward, clip, step, log; now and then
-evaluate and save. On CUDA if there is one, else on the CPU. Under `torchrun --nproc_per_node=W` the same code runs W times,
-each process with its own --batch-size images.
+One loop, in the order things happen: learning rate, batch, forward, match, loss, backward, clip, step, log; now and
+then evaluate and save. On CUDA if there is one, else on the CPU. Under `torchrun --nproc_per_node=W` the same code runs
+W times, each process with --batch-size images of its own.
 
-Letters as in hybrid_detr.py: B images, L decoder layers, N queries, K copies, G groups, P matched pairs.
+Letters as in the other files: B images, L decoder layers, N queries, K copies, G groups, P matched pairs.
 """
 import argparse
 import json
@@ -23,164 +23,220 @@ import eval as evaluation
 from data import FirstImages, UserError, open_dataset, train_loader
 from hybrid_detr import HybridDETR, official_name
 from losses import criterion
-from matchers import encoder_groups, match, query_groups
+from matchers import encoder_groups, expected_positives, match, query_groups
 
 # --- Settings: what is not given as a flag comes from here ----------------------------------------------------------
 
-COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, rho=2 / 3, weight=1.0, clip=0.1, weight_decay=1e-4,
-              dropout=0.0, mixed_selection=True, look_forward_twice=True, pretrained=True, workers=2, eval_every=1.0,
+COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, clip=0.1, weight_decay=1e-4, dropout=0.0,
+              mixed_selection=True, look_forward_twice=True, separate_attention=True, pretrained=True, eval_every=1.0,
               overfit=0, vertical_flip=False, init=None)
-TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine', warmup=0.05, pretrained=False, ffn=256)
-TINY_PHOTOS = dict(image_size=192, batch_size=4, lr=7e-4, steps=2800)   # tiny on a folder of photographs
+TINY = dict(image_size=128, batch_size=16, steps=500, lr=1e-3, schedule='cosine', warmup=0.05, ffn=256,
+            pretrained=False)
+TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, decoder_layers=6, levels=4)
 
-# The numbers of each scheme's table row (matchers.query_groups): the papers' on COCO, and a sixth of them for `tiny`.
-PAPER_ROWS = {'one2one': dict(n=300), 'branch': dict(n=300, T=1500, K=6), 'epoch': dict(n=1800, K=10), 'layer': dict(n=1800, K=10, L1=4),
+# The numbers of each scheme's row in matchers.query_groups: the papers' on COCO, and scaled down for `tiny`. The
+# papers give none for one2many; it gets the queries of H-DETR's other rows of 1800 and the K of its branch.
+PAPER_ROWS = {'one2one': dict(n=300), 'branch': dict(n=300, T=1500, K=6, weight=1.0),
+              'epoch': dict(n=1800, K=10, rho=2 / 3), 'layer': dict(n=1800, K=10, L1=4),
               'group': dict(n=300, G=11), 'one2many': dict(n=1800, K=6)}
-TINY_ROWS = {'one2one': dict(n=50), 'branch': dict(n=50, T=150, K=6), 'epoch': dict(n=200, K=6), 'layer': dict(n=200, K=6, L1=2),
-             'group': dict(n=50, G=5), 'one2many': dict(n=200, K=6)}
+TINY_ROWS = {'one2one': dict(n=50), 'branch': dict(n=50, T=150, K=6, weight=1.0),
+             'epoch': dict(n=200, K=6, rho=2 / 3), 'layer': dict(n=200, K=6, L1=2),
+             'group': dict(n=50, G=4), 'one2many': dict(n=200, K=6)}
+ROW_NUMBERS = ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G')
 
 
 def parse(argv: list[str] | None = None) -> dict:
-    """The flags that were given, by name; defaults are filled in by `complete`."""
+    """The flags that were given, by name; `complete` fills in the others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group('what to train')
-    group.add_argument('--scheme', help=f'matching scheme: {", ".join(PAPER_ROWS)} (default: {COMMON["scheme"]})')
-    group.add_argument('--data', help="'shapes', made on the fly, or a folder in the COCO layout (default: shapes)")
-    group.add_argument('--vertical-flip', action='store_true', help='augment a folder for images without an up, as microscopes see')
-    group.add_argument('--model', help='tiny, r50, or a ResNet or Swin of torchvision (default: tiny)')
-    group.add_argument('--overfit', type=int, metavar='N', help='train and evaluate on the first N training images, unchanged')
+    group.add_argument('--scheme', help=f'matching scheme: {", ".join(PAPER_ROWS)} (default branch)')
+    group.add_argument('--data', help="'shapes', made on the fly, or a folder in the COCO layout (default shapes)")
+    group.add_argument('--model', help='tiny, r50, or a ResNet or Swin of torchvision by name (default tiny)')
+    group.add_argument('--overfit', type=int, metavar='N', help='train and evaluate on the first N training images')
     group = parser.add_argument_group("the scheme's numbers (defaults depend on scheme and model)")
     group.add_argument('--n', type=int, help='queries of the first group, the detector')
-    group.add_argument('--T', type=int, help='queries of the one-to-many group (branch)')
-    group.add_argument('--K', type=int, help='copies of each ground truth (branch, epoch, layer, one2many)')
-    group.add_argument('--weight', type=float, help='lambda, loss weight of the one-to-many group (branch; default 1)')
-    group.add_argument('--rho', type=float, help='part of training that is one-to-many (epoch; default 2/3)')
-    group.add_argument('--L1', type=int, help='first decoder layers that are one-to-many (layer)')
-    group.add_argument('--G', type=int, help='number of groups (group)')
+    group.add_argument('--T', type=int, help='branch: queries of the one-to-many group; 0 is the baseline')
+    group.add_argument('--K', type=int, help='branch, epoch, layer, one2many: copies of each ground truth')
+    group.add_argument('--weight', type=float, help='branch: lambda, loss weight of the one-to-many group')
+    group.add_argument('--rho', type=float, help='epoch: part of training that is one-to-many, 0 to 1')
+    group.add_argument('--L1', type=int, help='layer: how many first decoder layers are one-to-many')
+    group.add_argument('--G', type=int, help='group: number of groups')
+    group.add_argument('--selection', choices=('ranks', 'heads', 'distinct'),
+                       help='which proposals a group gets: the next ranks of one encoder head (H-DETR), the best of a '
+                            'head of its own (Group DETR A.2; default of group), or of those the best that no earlier '
+                            'group has (H-DETR App. D)')
+    group.add_argument('--no-separate-attention', dest='separate_attention', action='store_false',
+                       help='let the groups see each other in training (Group DETR Table 7 c)')
     group = parser.add_argument_group('model: the switches of H-DETR Table 8')
     group.add_argument('--ffn', type=int, help='width of the feed-forward layers (tiny 256, else 2048)')
     group.add_argument('--dropout', type=float, help='dropout in the transformer (default 0)')
-    group.add_argument('--no-mixed-selection', dest='mixed_selection', action='store_false', help='query content from the proposal, too')
-    group.add_argument('--no-look-forward-twice', dest='look_forward_twice', action='store_false', help="a layer's loss stops at its own head")
-    group.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start the backbone from scratch, batch norm trained')
+    group.add_argument('--no-mixed-selection', dest='mixed_selection', action='store_false',
+                       help='query content from the proposal, too, instead of learned')
+    group.add_argument('--no-look-forward-twice', dest='look_forward_twice', action='store_false',
+                       help="the box loss of a layer stops at the layer's own head")
+    group.add_argument('--no-pretrained', dest='pretrained', action='store_false',
+                       help='start the backbone from scratch and train its batch norm (always so for tiny)')
     group = parser.add_argument_group('optimisation')
-    group.add_argument('--image-size', type=int, help='short side of the images, at most, in pixels (tiny 128, else 800)')
-    group.add_argument('--batch-size', type=int, help='images of a step, per process (tiny 16, else 2)')
-    group.add_argument('--epochs', type=float, help='passes over the training images (default: 12 if not tiny)')
-    group.add_argument('--steps', type=int, help='steps, instead of epochs (default: 1000 if tiny)')
-    group.add_argument('--lr', type=float, help='learning rate; a tenth for the backbone and the sampling offsets (tiny 1e-3, else 2e-4)')
-    group.add_argument('--schedule', choices=('step', 'cosine'), help='x0.1 for the last twelfth, or cosine to 0 (tiny)')
-    group.add_argument('--warmup', type=float, help='part of training in which the learning rate rises (tiny 0.05, else 0)')
+    group.add_argument('--image-size', type=int, help='largest short side of the images (tiny 128 or 192, else 800)')
+    group.add_argument('--vertical-flip', action='store_true', help='for photographs without an up, as microscopes see')
+    group.add_argument('--batch-size', type=int, help='images of a step, per process (tiny 16 or 4, else 2)')
+    group.add_argument('--epochs', type=float, help='passes over the training images (default 12 if not tiny)')
+    group.add_argument('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
+    group.add_argument('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
+    group.add_argument('--schedule', choices=('step', 'cosine'), help='x0.1 for the last twelfth, or cosine (tiny)')
+    group.add_argument('--warmup', type=float, help='part of training in which the learning rate rises')
     group.add_argument('--weight-decay', type=float, help='of AdamW (default 1e-4)')
     group.add_argument('--clip', type=float, help='largest norm of the gradient (default 0.1)')
     group.add_argument('--seed', type=int, help='of weights, order, augmentation and shapes (default 0)')
     group = parser.add_argument_group('files and machine')
-    group.add_argument('--out', help='folder of the run (default: runs/SCHEME, numbered if it is taken)')
-    group.add_argument('--resume', metavar='RUN', help='go on with the run in this folder; no other setting may change')
-    group.add_argument('--init', metavar='FILE', help='start from these weights, own or official; prints what does not fit')
+    group.add_argument('--out', help='folder of the run (default runs/SCHEME, numbered if it is taken)')
+    group.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, settings unchanged')
+    group.add_argument('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
     group.add_argument('--eval-every', type=float, help='epochs between evaluations and checkpoints (default 1)')
     group.add_argument('--workers', type=int, help='processes that load images (default 2)')
-    group.add_argument('--device', help='cuda or cpu (default: cuda if there is one)')
+    group.add_argument('--device', help='cuda or cpu (default cuda if there is one)')
     return vars(parser.parse_args(argv))
 
 
 def complete(given: dict) -> dict:
-    """Fill the flags that were not given, by model and scheme. Raises UserError for values that make no sense."""
+    """Fill in the flags that were not given, by model and scheme. Raises UserError for values that make no sense."""
     scheme, tiny = given.get('scheme', COMMON['scheme']), given.get('model', COMMON['model']) == 'tiny'
     rows = TINY_ROWS if tiny else PAPER_ROWS
     if scheme not in rows:
         raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)}')
+    for name in ROW_NUMBERS:
+        if name in given and name not in rows[scheme]:
+            raise UserError(f'--{name} {given[name]}: scheme {scheme} has only the numbers {", ".join(rows[scheme])}')
     photos = TINY_PHOTOS if tiny and given.get('data', COMMON['data']) != 'shapes' else {}
-    settings = {**COMMON, **(TINY if tiny else PAPER), **photos, **rows[scheme], **given}
+    settings = {'selection': 'heads' if scheme == 'group' else 'ranks',
+                **COMMON, **(TINY if tiny else PAPER), **photos, **rows[scheme], **given}
     if 'steps' in given and 'epochs' in given:
         raise UserError('--steps and --epochs: give one of them')
     if 'epochs' in given:
         settings.pop('steps', None)
-    if 'steps' in given:
-        settings.pop('epochs', None)
-    for name, least in dict(n=1, T=0, K=1, G=1, weight=0, batch_size=1, image_size=32, steps=1, lr=0, workers=0, overfit=0).items():
+    for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
+                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0).items():
         if settings.get(name, least) < least:
             raise UserError(f'--{name.replace("_", "-")} {settings[name]}: must be at least {least}')
-    if not 0 <= settings['rho'] <= 1:
-        raise UserError(f'--rho {settings["rho"]}: is a part of training, 0 to 1')
+    for name in ('epochs', 'eval_every', 'clip'):
+        if not settings.get(name, 1) > 0:
+            raise UserError(f'--{name.replace("_", "-")} {settings[name]}: must be above 0')
+    for name in ('rho', 'dropout', 'warmup'):
+        if settings.get(name, 0) > 1:
+            raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
     layers = (TINY_MODEL if tiny else PAPER_MODEL)['decoder_layers']
-    if not 0 <= settings.get('L1', 0) <= layers:
+    if settings.get('L1', 0) > layers:
         raise UserError(f'--L1 {settings["L1"]}: the decoder has {layers} layers')
+    if given.get('K', 1) > 1 and settings.get('T') == 0:
+        raise UserError(f'--K {given["K"]} with --T 0: there is no one-to-many group to find {given["K"]} copies')
     return settings
 
 
-def groups_at(settings: dict, layers: int, progress: float):
-    row = {name: settings[name] for name in ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G') if name in settings}
-    return query_groups(settings['scheme'], layers, progress, **row)
+def row_of(settings: dict) -> dict:
+    return {name: settings[name] for name in ROW_NUMBERS if name in settings}
 
 
 def architecture(settings: dict, num_classes: int) -> dict:
-    """The arguments of HybridDETR that a checkpoint has to remember."""
+    """The arguments of HybridDETR, which a checkpoint has to remember."""
     tiny = settings['model'] == 'tiny'
     size = TINY_MODEL if tiny else PAPER_MODEL
-    groups = [group.queries for group in groups_at(settings, size['decoder_layers'], 0.0)]
-    return dict(num_classes=num_classes, groups=groups, backbone={'r50': 'resnet50'}.get(settings['model'], settings['model']),
-                frozen_backbone=settings['pretrained'], ffn=settings['ffn'], dropout=settings['dropout'],
-                mixed_selection=settings['mixed_selection'], look_forward_twice=settings['look_forward_twice'],
-                encoder_heads=len(groups) if settings['scheme'] == 'group' else 1, **size)
+    groups = query_groups(settings['scheme'], size['decoder_layers'], **row_of(settings))
+    switches = ('ffn', 'dropout', 'mixed_selection', 'look_forward_twice', 'separate_attention', 'selection')
+    return dict(num_classes=num_classes, groups=[group.queries for group in groups],
+                backbone='resnet50' if settings['model'] == 'r50' else settings['model'],
+                frozen_backbone=settings['pretrained'],
+                **{name: settings[name] for name in switches}, **size)
 
 
-# --- Start: model, optimizer, files ---------------------------------------------------------------------------------
+# --- What a run starts with -----------------------------------------------------------------------------------------
 
-def parameter_groups(model: HybridDETR, lr: float, tiny: bool) -> list[dict]:
-    """A tenth of the learning rate for a pretrained backbone and for the sampling offsets, as in the official code."""
-    slow, normal = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            slow_one = 'sampling_offsets' in name or (name.startswith('backbone') and not tiny)
-            (slow if slow_one else normal).append(parameter)
-    return [{'params': normal, 'lr': lr, 'base_lr': lr}, {'params': slow, 'lr': lr / 10, 'base_lr': lr / 10}]
-
-
-def lr_factor(settings: dict, progress: float) -> float:
-    """What the learning rate is multiplied by at `progress` 0..1."""
-    if progress < settings['warmup']:
-        return (progress + 1e-3) / (settings['warmup'] + 1e-3)
-    if settings['schedule'] == 'step':   # epoch 11 of 12; the papers' longer runs drop it at about the same part
-        return 1.0 if progress < 11 / 12 else 0.1
-    return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'])))
+def open_data(settings: dict):
+    """-> training set, validation set. Raises UserError if they do not have the same categories."""
+    common = dict(size=settings['image_size'], seed=settings['seed'])
+    if settings['overfit']:
+        few = FirstImages(open_dataset(settings['data'], 'train', **common), settings['overfit'])
+        return few, few
+    train_set = open_dataset(settings['data'], 'train', **common, augment=True, vertical_flip=settings['vertical_flip'])
+    val_set = open_dataset(settings['data'], 'val', **common)
+    if (train_set.categories.ids, train_set.categories.names) != (val_set.categories.ids, val_set.categories.names):
+        raise UserError(f'{settings["data"]}: training and validation annotations have other categories '
+                        f'({len(train_set.categories)} and {len(val_set.categories)} of them)')
+    return train_set, val_set
 
 
-def initialise(model: HybridDETR, path: str) -> None:
-    """Load the weights of a checkpoint, own or official, that fit; say which do not."""
+def build_model(settings: dict, num_classes: int) -> HybridDETR:
+    """A new model with its starting weights. Raises UserError if the backbone is unknown or cannot be downloaded."""
+    try:
+        model = HybridDETR(**architecture(settings, num_classes))
+    except ValueError as error:
+        raise UserError(f'--model {settings["model"]}: {error}') from None
+    if settings['pretrained'] and settings['model'] != 'tiny':
+        try:
+            model.backbone.load_imagenet()
+        except (URLError, OSError) as error:
+            raise UserError(f'cannot download the ImageNet weights of {settings["model"]} ({error}): connect to the '
+                            'internet once, or train from scratch with --no-pretrained') from None
+    if settings['init']:
+        load_what_fits(model, settings['init'])
+    return model
+
+
+def load_what_fits(model: HybridDETR, path: str) -> None:
+    """Load the weights of a checkpoint, own or official, that fit by name and shape; say which do not."""
     checkpoint = evaluation.read_checkpoint(path)
     state = checkpoint['model']
     if evaluation.is_official(checkpoint):
-        layers = 1 + max((int(name.split('.')[3]) for name in state if name.startswith('transformer.decoder.layers.')), default=-1)
+        layers = len({name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')})
         state = {official_name(name, layers) or name: value for name, value in state.items()}
     ours = model.state_dict()
     fits = {name: value for name, value in state.items() if name in ours and value.shape == ours[name].shape}
     model.load_state_dict({**ours, **fits})
     print(f'{path}: {len(fits)} of {len(ours)} entries loaded')
-    for name in ours.keys() - fits.keys():
+    for name in [name for name in ours if name not in fits]:
         print(f'  not in the file, or of another shape: {name} {tuple(ours[name].shape)}')
-    for name in state.keys() - fits.keys() - ours.keys():
+    for name in [name for name in state if name not in ours]:
         print(f'  in the file, but not in this model: {name} {tuple(state[name].shape)}')
 
 
-def save(path: Path, content: dict) -> None:
-    """Write beside, then rename: whoever reads `path` finds the old file or the new one, never half of one."""
-    part = path.with_suffix('.part')
-    torch.save(content, part)
-    os.replace(part, path)
+def parameter_groups(model: HybridDETR, settings: dict) -> list[dict]:
+    """A tenth of the learning rate for the sampling offsets and a pretrained backbone, as in the official code."""
+    slow, normal = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_slow = 'sampling_offsets' in name or (name.startswith('backbone') and settings['model'] != 'tiny')
+            (slow if is_slow else normal).append(parameter)
+    lr = settings['lr']
+    return [{'params': normal, 'lr': lr, 'base_lr': lr}, {'params': slow, 'lr': lr / 10, 'base_lr': lr / 10}]
+
+
+def lr_factor(settings: dict, progress: float) -> float:
+    """What the learning rate is multiplied by at `progress` 0..1; follows from the step alone, so nothing to save."""
+    if progress < settings['warmup']:
+        return (progress + 1e-3) / (settings['warmup'] + 1e-3)
+    if settings['schedule'] == 'step':   # epoch 11 of 12; the papers' longer runs drop it at about the same part
+        return 1.0 if progress < 11 / 12 else 0.1
+    return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)))
 
 
 def new_folder(settings: dict) -> Path:
     """The run's folder, not yet there: --out, or runs/SCHEME, runs/SCHEME-2, ... Raises UserError if --out is taken."""
     if 'out' in settings:
         if Path(settings['out']).exists():
-            raise UserError(f'--out {settings["out"]} exists: go on with --resume {settings["out"]}, or choose another folder')
+            raise UserError(f'--out {settings["out"]} exists: go on with --resume {settings["out"]}, or name another')
         return Path(settings['out'])
-    taken = [Path('runs') / (settings['scheme'] + ('' if i == 1 else f'-{i}')) for i in range(1, 1000)]
-    return next(path for path in taken if not path.exists())
+    taken = Path('runs') / settings['scheme']
+    return next(path for i in range(1, 10_000) if not (path := taken if i == 1 else Path(f'{taken}-{i}')).exists())
+
+
+def save(path: Path, content: dict) -> None:
+    """Write beside, then rename: whoever reads `path` finds the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.part')
+    torch.save(content, part)
+    os.replace(part, path)
 
 
 # --- The loop -------------------------------------------------------------------------------------------------------
@@ -193,75 +249,56 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f'--device {device}: torch finds no CUDA device here')
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    workers, resume = given.pop('workers', COMMON['workers']), given.pop('resume', None)
-    checkpoint = None
+    workers, resume, checkpoint = given.pop('workers', 2), given.pop('resume', None), None
     if resume:
-        folder = Path(resume)
-        checkpoint = evaluation.read_checkpoint(str(folder / 'checkpoint.pt'))
+        folder, checkpoint = Path(resume), evaluation.read_checkpoint(str(Path(resume) / 'checkpoint.pt'))
         settings = checkpoint['settings']
         for name, value in given.items():
             if settings.get(name) != value:
-                raise UserError(f'--{name.replace("_", "-")} {value}: the run in {folder} has {settings.get(name)}, and a resumed run '
-                                'keeps its settings; start a new one with --init instead')
+                raise UserError(f'--{name.replace("_", "-")} {value}: the run in {folder} has {settings.get(name)}, '
+                                'and a resumed run keeps its settings; start a new one with --init instead')
     else:
         settings = complete(given)
         folder = new_folder(settings)
     torch.manual_seed(settings['seed'])
-    tiny = settings['model'] == 'tiny'
 
-    train_set = open_dataset(settings['data'], 'train', settings['image_size'], augment=not settings['overfit'],
-                             vertical_flip=settings['vertical_flip'], seed=settings['seed'])
-    val_set = train_set if settings['overfit'] else open_dataset(settings['data'], 'val', settings['image_size'], seed=settings['seed'])
-    if settings['overfit']:
-        train_set = val_set = FirstImages(train_set, settings['overfit'])
-    categories = train_set.categories
-    if categories.ids != val_set.categories.ids:
-        raise UserError(f'the training annotations have {len(categories)} categories, the validation annotations {len(val_set.categories)}')
-    if checkpoint and checkpoint['categories'] != {'ids': categories.ids, 'names': categories.names}:
-        raise UserError(f'the checkpoint has {len(checkpoint["categories"]["ids"])} classes, {settings["data"]} has {len(categories)}: '
-                        'a resumed run needs the same; start a new one with --init')
-
-    build = architecture(settings, len(categories))
-    try:
-        model = HybridDETR(**build)
-    except ValueError as error:
-        raise UserError(f'--model {settings["model"]}: {error}') from None
-    if settings['pretrained'] and not tiny and not checkpoint:
-        try:
-            model.backbone.load_imagenet()
-        except (URLError, OSError) as error:
-            raise UserError(f'cannot download the ImageNet weights of {settings["model"]} ({error}): connect to the internet once, or train '
-                            'from scratch with --no-pretrained') from None
-    if settings['init'] and not checkpoint:
-        initialise(model, settings['init'])
+    train_set, val_set = open_data(settings)
+    categories = {'ids': train_set.categories.ids, 'names': train_set.categories.names}
+    if checkpoint and checkpoint['categories'] != categories:
+        before = checkpoint['categories']['names']
+        raise UserError(f'the run in {folder} has {len(before)} classes ({", ".join(before[:4])}..), but the data has '
+                        f'{len(train_set.categories)} ({", ".join(categories["names"][:4])}..): start anew with --init')
+    model = HybridDETR(**checkpoint['architecture']) if checkpoint else build_model(settings, len(train_set.categories))
     model.to(device)
-    layers = len(model.decoder)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings['lr'], tiny), weight_decay=settings['weight_decay'])
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'])
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-        start = checkpoint['step']
         torch.set_rng_state(checkpoint['rng'])
-    batch_size = min(settings['batch_size'], len(train_set))
-    steps_per_epoch = max(1, len(train_set) // (batch_size * world))
-    steps = settings.get('steps') or math.ceil(settings['epochs'] * steps_per_epoch)
-    eval_every = max(1, round(settings['eval_every'] * steps_per_epoch))
+        start = checkpoint['step']
+    trained = model
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         trained = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
-    else:
-        trained = model
 
+    batch_size = min(settings['batch_size'], len(train_set))
+    steps_per_epoch = max(1, len(train_set) // (batch_size * world))
+    steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
+    eval_every = max(1, round(settings['eval_every'] * steps_per_epoch))
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
+    layers, first_group = len(model.decoder), model.groups[0]
     if rank == 0:
+        print(f'{folder}: {settings["scheme"]} on {settings["data"]}, {steps} steps of {batch_size * world} images on '
+              f'{device}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
+        for i, group in enumerate(query_groups(settings['scheme'], layers, **row_of(settings))):
+            print(f'  group {i}: {group.queries} queries, copies of a ground truth per layer {group.copies}, '
+                  f'weight {group.weight:.3g}')
+        print(f'  positives of a ground truth in the whole training: '
+              f'{expected_positives(settings["scheme"], layers, steps / steps_per_epoch, **row_of(settings)):.0f}')
         if checkpoint:   # what was logged after the checkpoint happens again
             kept = [line for line in metrics_file.read_text().splitlines() if json.loads(line)['step'] <= start]
             metrics_file.write_text(''.join(line + '\n' for line in kept))
-        print(f'{folder}: {settings["scheme"]} on {settings["data"]}, {steps} steps of {batch_size * world} images on {device}, '
-              f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
-        for i, group in enumerate(groups_at(settings, layers, 0.0)):
-            print(f'  group {i}: {group.queries} queries, copies of each ground truth per layer {group.copies}, weight {group.weight:.3g}')
 
     def log(record: dict) -> None:
         if rank == 0:
@@ -269,7 +306,8 @@ def main(argv: list[str] | None = None) -> None:
             with metrics_file.open('a') as file:
                 file.write(json.dumps(record) + '\n')
 
-    loader = iter(train_loader(train_set, batch_size, steps, workers, settings['seed'], start, rank, world, device.type == 'cuda'))
+    loader = iter(train_loader(train_set, batch_size, steps, workers, settings['seed'], start, rank, world,
+                               pin=device.type == 'cuda'))
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0, mininterval=1)
     recent, since = [], time.perf_counter()
     model.train()
@@ -278,56 +316,71 @@ def main(argv: list[str] | None = None) -> None:
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
         batch = next(loader).to(device)
-        groups = groups_at(settings, layers, progress)
 
         outputs = trained(batch.images, batch.padding_mask)
+        groups = query_groups(settings['scheme'], layers, progress, **row_of(settings))
         heads = len(model.encoder_class_heads)
         proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
         try:
             matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals)
         except FloatingPointError as error:
-            raise UserError(f'step {step}: {error}; images {", ".join(batch.names)}. Lower --lr?') from None
-        num_boxes = torch.tensor(float(sum(map(len, batch.gt_labels))))
-        if world > 1:
-            num_boxes = num_boxes.to(device)
-            dist.all_reduce(num_boxes)
+            raise UserError(f'step {step}: {error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
+        num_boxes = float(sum(map(len, batch.gt_labels)))
+        if world > 1:   # the mean over the processes: their gradients are averaged, too
+            total = torch.tensor(num_boxes, device=device)
+            dist.all_reduce(total)
+            num_boxes = total.item() / world
         parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
-                               num_boxes.item() / world)
-        loss = sum(parts.values())
+                               num_boxes)
 
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        sum(parts.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
 
-        # What the matching did: box quality of the first group's last layer, and positives of all layers and groups.
-        final = (matches.layer == layers - 1) & (matches.query < groups[0].queries)
-        recent.append(torch.stack([*(part.detach() for part in parts.values()), iou[final].sum(), final.sum()]))
+        with torch.no_grad():   # what the matching did with the detector: first group, last layer
+            best_score = outputs.pred_logits[-1, :, :first_group].sigmoid().amax(-1)                    # (B, n)
+            final = (matches.layer == layers - 1) & (matches.query < first_group)                       # (P,)
+            matched = torch.zeros_like(best_score, dtype=torch.bool)
+            matched[matches.image[final], matches.query[final]] = True
+            recent.append(torch.stack([
+                *(part.detach() for part in parts.values()), iou[final].sum(), (best_score * matched).sum(),
+                matched.sum(), best_score.masked_fill(matched, 0).amax(1).mean(),
+                best_score.new_tensor(len(matches.layer))]))
         done = step + 1
-        if done % 50 == 0 or done == steps:
-            seconds, values = time.perf_counter() - since, torch.stack(recent).mean(0).tolist()
-            record = {'step': done, 'epoch': round(done / steps_per_epoch, 3), 'loss': sum(values[:-2]), **dict(zip(parts, values)),
-                      'matched_iou': values[-2] / max(values[-1], 1e-9), 'positives': len(matches.layer) / layers / batch_size,
-                      'lr': optimizer.param_groups[0]['lr'], 'images_per_second': len(recent) * batch_size * world / seconds}
+        if done % 50 == 0 or done % eval_every == 0 or done == steps:
+            values = torch.stack(recent).mean(0).tolist()
+            (iou_sum, score_sum, count, unmatched, pairs), of_parts = values[-5:], dict(zip(parts, values))
+            record = {'step': done, 'epoch': round(done / steps_per_epoch, 3), 'loss': sum(of_parts.values()),
+                      **of_parts,
+                      'matched_iou': iou_sum / max(count, 1e-9), 'matched_score': score_sum / max(count, 1e-9),
+                      'best_unmatched_score': unmatched, 'positives': pairs / batch_size,
+                      'lr': optimizer.param_groups[0]['lr'],
+                      'images_per_second': len(recent) * batch_size * world / (time.perf_counter() - since)}
             log(record)
-            bar.set_postfix({'loss': f'{record["loss"]:.2f}', 'IoU': f'{record["matched_iou"]:.3f}',
-                             'positives/image': f'{record["positives"]:.1f}', 'images/s': f'{record["images_per_second"]:.0f}'})
+            bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
+                                '{images_per_second:.0f} images/s'.format(**record))
             recent, since = [], time.perf_counter()
         if done % eval_every == 0 or done == steps:
-            rows = evaluation.detect(model, val_set, categories.ids, batch_size=batch_size, workers=workers)
+            rows = evaluation.detect(model, val_set, categories['ids'], batch_size=batch_size, workers=workers)
             if rank == 0:
                 metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
+                metrics['duplicates'] = evaluation.duplicate_rate(rows)
                 log({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
-                bar.write(f'step {done}: AP {metrics["AP"]:.3f}, AP50 {metrics["AP50"]:.3f}')
-                save(checkpoint_file, {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'step': done,
-                                       'settings': settings, 'architecture': build, 'rng': torch.get_rng_state(),
-                                       'categories': {'ids': categories.ids, 'names': categories.names}})
+                bar.write('step {step}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates; in training matched '
+                          'IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched {best_unmatched_score:.2f}'
+                          .format(**{**record, **metrics}))
+                save(checkpoint_file, {
+                    'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state(),
+                    'step': done, 'settings': settings, 'categories': categories,
+                    'architecture': architecture(settings, len(categories['ids']))})
             since = time.perf_counter()
 
     if rank == 0:
         picture = folder / 'predictions.png'
-        evaluation.draw_predictions(model, val_set, categories.ids, picture)
-        print(f'checkpoint: {checkpoint_file}\npicture:    {picture}\nlook:       python eval.py --weights {checkpoint_file} --pictures 8')
+        evaluation.draw_predictions(model, val_set, categories['ids'], picture)
+        print(f'checkpoint: {checkpoint_file}\npicture:    {picture}\n'
+              f'look:       python eval.py --weights {checkpoint_file} --pictures 8')
     if world > 1:
         dist.destroy_process_group()
 
