@@ -67,13 +67,17 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
     table = {
         # DETR: every ground truth has one query, all others learn "nothing here".
         'one2one': [QueryGroup(n, one)],
-        # H-DETR §3.2.1, Eq. 1-2: L_one2one + lambda * L_one2many.
+        # H-DETR §3.2.1, Eq. 1-2: L_one2one + lambda * L_one2many. The T queries are one group and see each other: they
+        # are matched together, and share out the copies among themselves. K = 1 is worse than the baseline (Table 9:
+        # 46.4 against 47.0 AP), since the second group starts from worse proposals (App. D) and one copy repays little;
+        # from K = 3 on it gains.
         'branch': [QueryGroup(n, one), QueryGroup(T, many, weight)],
         # H-DETR §3.2.2, Eq. 3-4: one-to-many for the first rho of training, then one-to-one.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
         # H-DETR §3.2.2, Eq. 5-6: one-to-many on the first L1 layers. (Eq. 6 as printed counts layer L1 twice.)
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
-        # Group DETR Eq. 5-7: the mean of G one-to-one losses.
+        # Group DETR Eq. 5-7: the mean of G one-to-one losses. The groups must not see each other: each learns to have
+        # one query for an object, as at inference, and a query of another group would have to be the duplicate.
         'group': [QueryGroup(n, one, 1 / G)] * G,
         # H-DETR Table 13 row 1, Group DETR Table 7 (b): duplicates are never punished, so inference needs NMS.
         'one2many': [QueryGroup(n, many)],
@@ -134,7 +138,8 @@ def one_to_many(cost: Tensor, copies: int) -> tuple[Tensor, Tensor]:
 def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
     """Solve every layer, image and group by itself: B costs (L,N,M_b) on the CPU -> Matches on the CPU.
 
-    Groups never compete for a ground truth, and neither do the layers: each is matched anew.
+    Groups never compete for a ground truth, and neither do the layers: each is matched anew. A query that is in no
+    pair learns "nothing here" from the class loss and nothing from the box losses (losses.set_loss).
     """
     found, first_gt = [], 0
     for image, cost in enumerate(costs):
@@ -212,37 +217,37 @@ def draw(file: str) -> None:
     from PIL import Image, ImageDraw, ImageFont
     panels = [('one2one', 'always', 0, 0), ('branch', 'always', 0, 0), ('group', 'always', 0, 0),
               ('one2many', 'always', 0, 0), ('epoch', 'first part of training', 0, 0),
-              ('epoch', 'rest of training', 0, 1),
-              ('layer', 'first layers', 0, 0), ('layer', 'last layers', 1, 0)]
-    colours, grey, font = {'A': '#0072B2', 'B': '#D55E00', '.': '#BBBBBB'}, '#666666', ImageFont.load_default(size=17)
-    width, height = 400, 330
-    image = Image.new('RGB', (4 * width, 2 * height), 'white')
+              ('epoch', 'rest of training', 0, 1), ('layer', 'first layers', 0, 0), ('layer', 'last layers', 1, 0)]
+    colours, grey = {'A': '#0072B2', 'B': '#D55E00', '.': '#BBBBBB'}, '#555555'
+    large, small = (ImageFont.load_default(size=size) for size in (38, 28))
+    image = Image.new('RGB', (3200, 1300), 'white')   # twice the final size, for smooth lines
     pen = ImageDraw.Draw(image)
     for i, (scheme, when, layer, progress) in enumerate(panels):
-        x, y = i % 4 * width + 20, i // 4 * height + 15
+        x, y = i % 4 * 800 + 50, i // 4 * 650 + 30
         groups, found = toy(scheme, layer, progress)
-        numbers = ' '.join(f'{name}={value}' for name, value in TOY_ROWS[scheme].items())
-        pen.text((x, y), f'{scheme}: {when}', 'black', font)
-        pen.text((x, y + 22), numbers, grey, font)
+        pen.text((x, y), f'{scheme}: {when}', 'black', large)
+        pen.text((x, y + 46), '  '.join(f'{name}={value}' for name, value in TOY_ROWS[scheme].items()), grey, small)
         group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
-        row = [y + 70 + 34 * q + 12 * group_of[q] for q in range(len(found))]
-        gt_y = {'A': y + 115, 'B': y + 215}
+        height = [y + 150 + 64 * q + 26 * group_of[q] for q in range(len(found))]
+        gt_height = {'A': y + 230, 'B': y + 430}
         for q, letter in enumerate(found):
             if letter != '.':
-                pen.line((x + 35, row[q], x + 125, gt_y[letter]), colours[letter], 3)
+                pen.line((x + 50, height[q], x + 240, gt_height[letter]), colours[letter], 6)
         for q, letter in enumerate(found):
-            pen.ellipse((x + 9, row[q] - 13, x + 35, row[q] + 13), colours[letter], 'black')
-            pen.text((x + 22, row[q]), f'q{q}', 'black' if letter == '.' else 'white', font, anchor='mm')
-        for letter, centre in gt_y.items():
-            pen.rectangle((x + 125, centre - 16, x + 157, centre + 16), colours[letter], 'black')
-            pen.text((x + 141, centre), letter, 'white', font, anchor='mm')
+            pen.ellipse((x, height[q] - 28, x + 56, height[q] + 28), colours[letter], 'black', 2)
+            pen.text((x + 28, height[q]), f'q{q}', 'black' if letter == '.' else 'white', small, anchor='mm')
+        for letter, centre in gt_height.items():
+            pen.rectangle((x + 220, centre - 34, x + 288, centre + 34), colours[letter], 'black', 2)
+            pen.text((x + 254, centre), letter, 'white', large, anchor='mm')
         for q in range(len(found)):   # the attention block: row q looks at column k
+            pen.text((x + 362, y + 156 + 52 * q), f'q{q}', grey, small, anchor='rm')
             for k in range(len(found)):
-                corner = (x + 195 + 26 * k, y + 75 + 26 * q)
+                left, top = x + 374 + 52 * k, y + 130 + 52 * q
                 seen = '#444444' if group_of[q] == group_of[k] else 'white'
-                pen.rectangle((*corner, corner[0] + 26, corner[1] + 26), seen, '#BBBBBB')
-        pen.text((x + 195, y + 236), 'self-attention, who sees whom', grey, ImageFont.load_default(size=12))
-    image.save(file)
+                pen.rectangle((left, top, left + 52, top + 52), seen, '#BBBBBB', 2)
+        pen.text((x + 374, y + 455), 'self-attention:', grey, small)
+        pen.text((x + 374, y + 490), 'who (row) sees whom', grey, small)
+    image.reduce(2).save(file)
 
 
 if __name__ == '__main__':

@@ -797,7 +797,7 @@ class TestCommands(unittest.TestCase):
             self.assertAlmostEqual(sum(parts), record['loss'], places=3, msg='the parts must add up to the loss')
 
     def test_resume_continues_to_the_bit(self):
-        flags = ['--scheme', 'group', '--G', '2', '--eval-every', '0.5', '--steps', '6']
+        flags = ['--scheme', 'group', '--G', '2', '--steps', '12', '--dropout', '0.1']
         self.run_train(*flags, out='whole')
         saved, real = [], train.save
 
@@ -813,10 +813,12 @@ class TestCommands(unittest.TestCase):
         for name, value in whole['model'].items():
             self.assertTrue(torch.equal(value, resumed['model'][name]), f'{name} differs after a resumed run')
 
-    def test_overfits_two_images(self):
-        self.run_train('--overfit', '2', '--steps', '150', '--scheme', 'group', '--G', '2', '--lr', '2e-3')
-        records = [json.loads(line) for line in (self.root / 'run' / 'metrics.jsonl').read_text().splitlines()]
-        self.assertGreater(records[-2]['matched_iou'], 0.9)
+    def test_every_scheme_overfits_two_images(self):
+        for scheme, flags in (('one2one', []), ('branch', ['--T', '16', '--K', '2']), ('group', ['--G', '2']), ('epoch', ['--K', '2', '--rho', '0.5', '--n', '24']),
+                              ('layer', ['--K', '2', '--L1', '1', '--n', '24']), ('one2many', ['--K', '2', '--n', '24'])):
+            self.run_train('--overfit', '2', '--steps', '160', '--scheme', scheme, *flags, '--lr', '2e-3', '--ffn', '64', out=scheme)
+            records = [json.loads(line) for line in (self.root / scheme / 'metrics.jsonl').read_text().splitlines()]
+            self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.9, f'{scheme} does not fit two images')
 
     def test_evaluation(self):
         self.run_train('--steps', '1', '--scheme', 'group', '--G', '2')

@@ -28,9 +28,9 @@ from matchers import encoder_groups, expected_positives, match, query_groups
 # --- Settings: what is not given as a flag comes from here ----------------------------------------------------------
 
 COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, clip=0.1, weight_decay=1e-4, dropout=0.0,
-              mixed_selection=True, look_forward_twice=True, separate_attention=True, pretrained=True, eval_every=1.0,
+              mixed_selection=True, look_forward_twice=True, separate_attention=True, pretrained=True, eval_every=None,
               overfit=0, vertical_flip=False, init=None)
-TINY = dict(image_size=128, batch_size=16, steps=500, lr=1e-3, schedule='cosine', warmup=0.05, ffn=256,
+TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine', warmup=0.05, ffn=256,
             pretrained=False)
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--out', help='folder of the run (default runs/SCHEME, numbered if it is taken)')
     group.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, settings unchanged')
     group.add_argument('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
-    group.add_argument('--eval-every', type=float, help='epochs between evaluations and checkpoints (default 1)')
+    group.add_argument('--eval-every', type=float, help='epochs between evaluations (default a fifth of the run, or 1)')
     group.add_argument('--workers', type=int, help='processes that load images (default 2)')
     group.add_argument('--device', help='cuda or cpu (default cuda if there is one)')
     return vars(parser.parse_args(argv))
@@ -122,7 +122,7 @@ def complete(given: dict) -> dict:
         if settings.get(name, least) < least:
             raise UserError(f'--{name.replace("_", "-")} {settings[name]}: must be at least {least}')
     for name in ('epochs', 'eval_every', 'clip'):
-        if not settings.get(name, 1) > 0:
+        if settings.get(name) is not None and not settings[name] > 0:
             raise UserError(f'--{name.replace("_", "-")} {settings[name]}: must be above 0')
     for name in ('rho', 'dropout', 'warmup'):
         if settings.get(name, 0) > 1:
@@ -239,6 +239,19 @@ def save(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
+def matching_stats(outputs, matches, iou, n: int) -> torch.Tensor:
+    """What the matching did with the detector, the n queries of the first group, in the last layer: sum of the IoU of
+    its pairs, sum of their scores, their number, and the mean score of an image's best unmatched query; and P. Without
+    boolean indexing, which would wait for the GPU."""
+    scores = outputs.pred_logits[-1].detach().sigmoid().amax(-1)                                        # (B, N)
+    final = (matches.layer == len(outputs.pred_logits) - 1) & (matches.query < n)                       # (P,)
+    matched = torch.zeros_like(scores).index_put((matches.image, matches.query), final.to(scores), accumulate=True)
+    scores, matched = scores[:, :n], matched[:, :n]
+    best_unmatched = (scores * (1 - matched)).amax(1).mean()
+    return torch.stack([(iou * final).sum(), (scores * matched).sum(), matched.sum(), best_unmatched,
+                        scores.new_tensor(len(iou))])
+
+
 # --- The loop -------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
@@ -285,9 +298,11 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = min(settings['batch_size'], len(train_set))
     steps_per_epoch = max(1, len(train_set) // (batch_size * world))
     steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
-    eval_every = max(1, round(settings['eval_every'] * steps_per_epoch))
+    eval_every = max(1, round(settings['eval_every'] * steps_per_epoch) if settings['eval_every'] else
+                     max(steps_per_epoch, steps // 5))
+    save_every = max(steps_per_epoch, steps // 20)   # once an epoch, or twenty times if epochs are short
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
-    layers, first_group = len(model.decoder), model.groups[0]
+    layers = len(model.decoder)
     if rank == 0:
         print(f'{folder}: {settings["scheme"]} on {settings["data"]}, {steps} steps of {batch_size * world} images on '
               f'{device}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
@@ -338,22 +353,15 @@ def main(argv: list[str] | None = None) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
 
-        with torch.no_grad():   # what the matching did with the detector: first group, last layer
-            best_score = outputs.pred_logits[-1, :, :first_group].sigmoid().amax(-1)                    # (B, n)
-            final = (matches.layer == layers - 1) & (matches.query < first_group)                       # (P,)
-            matched = torch.zeros_like(best_score, dtype=torch.bool)
-            matched[matches.image[final], matches.query[final]] = True
-            recent.append(torch.stack([
-                *(part.detach() for part in parts.values()), iou[final].sum(), (best_score * matched).sum(),
-                matched.sum(), best_score.masked_fill(matched, 0).amax(1).mean(),
-                best_score.new_tensor(len(matches.layer))]))
+        stats = matching_stats(outputs, matches, iou, model.groups[0])
+        recent.append(torch.cat([torch.stack([part.detach() for part in parts.values()]), stats]))
         done = step + 1
         if done % 50 == 0 or done % eval_every == 0 or done == steps:
             values = torch.stack(recent).mean(0).tolist()
             (iou_sum, score_sum, count, unmatched, pairs), of_parts = values[-5:], dict(zip(parts, values))
             record = {'step': done, 'epoch': round(done / steps_per_epoch, 3), 'loss': sum(of_parts.values()),
-                      **of_parts,
-                      'matched_iou': iou_sum / max(count, 1e-9), 'matched_score': score_sum / max(count, 1e-9),
+                      **of_parts, 'matched_iou': iou_sum / max(count, 1e-9),
+                      'matched_score': score_sum / max(count, 1e-9),
                       'best_unmatched_score': unmatched, 'positives': pairs / batch_size,
                       'lr': optimizer.param_groups[0]['lr'],
                       'images_per_second': len(recent) * batch_size * world / (time.perf_counter() - since)}
@@ -370,11 +378,12 @@ def main(argv: list[str] | None = None) -> None:
                 bar.write('step {step}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates; in training matched '
                           'IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched {best_unmatched_score:.2f}'
                           .format(**{**record, **metrics}))
-                save(checkpoint_file, {
-                    'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state(),
-                    'step': done, 'settings': settings, 'categories': categories,
-                    'architecture': architecture(settings, len(categories['ids']))})
             since = time.perf_counter()
+        if rank == 0 and (done % save_every == 0 or done == steps):
+            save(checkpoint_file, {
+                'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state(),
+                'step': done, 'settings': settings, 'categories': categories,
+                'architecture': architecture(settings, len(categories['ids']))})
 
     if rank == 0:
         picture = folder / 'predictions.png'
