@@ -237,6 +237,14 @@ def train_transforms(size: int, vertical_flip: bool = False):
                        v2.SanitizeBoundingBoxes(min_size=1)])
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB. Images of 16 or 32 bits, which Pillow would cut off at 255, are scaled to their maximum."""
+    if image.mode.startswith(('I', 'F')):
+        pixels = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((pixels.clip(0) * (255 / max(pixels.max(), 1e-9))).astype(np.uint8))
+    return image.convert('RGB')
+
+
 class CocoFolder(Dataset):
     """A folder with train2017/, val2017/ and annotations/instances_{train,val}2017.json, COCO's own or any other.
 
@@ -256,6 +264,8 @@ class CocoFolder(Dataset):
             content = json.loads(file.read_bytes())
         except ValueError as error:
             raise UserError(f'{file} is no valid JSON: {error}') from None
+        if not content['images']:
+            raise UserError(f'{file} lists no images')
         by_id = sorted(content['categories'], key=lambda c: c['id'])
         self.categories = Categories([c['id'] for c in by_id], [c['name'] for c in by_id])
         self.images = [(i['id'], i['file_name'], i['height'], i['width']) for i in content['images']]
@@ -266,6 +276,11 @@ class CocoFolder(Dataset):
         # One row an annotation: image (as an index), category id, x, y, w, h, area, crowd. Arrays, because lists of
         # dicts would be copied into every worker process as their reference counts are touched.
         index_of = {image_id: index for index, (image_id, *_) in enumerate(self.images)}
+        for a in content['annotations']:
+            if a['image_id'] not in index_of:
+                raise UserError(f'{file}: annotation {a["id"]} names image {a["image_id"]}, which is not listed')
+            if a['category_id'] not in self.categories.label_of:
+                raise UserError(f'{file}: annotation {a["id"]} has category {a["category_id"]}, which is not listed')
         rows = [(index_of[a['image_id']], a['category_id'], *a['bbox'], a.get('area', a['bbox'][2] * a['bbox'][3]),
                  a.get('iscrowd', 0)) for a in content['annotations']]
         rows = np.array(rows, dtype=np.float64).reshape(-1, 8)
@@ -291,9 +306,12 @@ class CocoFolder(Dataset):
         epoch, index = key
         image_id, name, height, width = self.images[index]
         try:
-            image = Image.open(self.folder / name).convert('RGB')
-        except (OSError, SyntaxError) as error:   # SyntaxError is what Pillow says to some broken PNG files
+            image = as_rgb(Image.open(self.folder / name))
+        except (OSError, SyntaxError, ValueError) as error:   # what Pillow says to broken files of different formats
             raise UserError(f'cannot read the image {self.folder / name}: {error}') from None
+        if (image.height, image.width) != (height, width):
+            raise UserError(f'{self.folder / name} has {image.width} x {image.height} pixels, its annotation file says '
+                            f'{width} x {height}')
         rows = slice(self.first[index], self.first[index + 1])
         usable = self.usable[rows]
         target = {'boxes': tv_tensors.BoundingBoxes(torch.from_numpy(self.corners[rows][usable]).reshape(-1, 4),

@@ -62,8 +62,10 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
     checkpoint = read_checkpoint(path)
     try:
         if is_official(checkpoint):
-            rows = len(checkpoint['model'].get('query_embed.weight', range(300)))
-            return from_official(checkpoint['model'], (300, rows - 300) if rows > 300 else (rows,)).eval(), None, {}
+            mixed = 'query_embed.weight' in checkpoint['model']
+            rows = len(checkpoint['model']['query_embed.weight']) if mixed else 300
+            groups = (300, rows - 300) if rows > 300 else (rows,)   # the official files have 300 one-to-one queries
+            return from_official(checkpoint['model'], groups, mixed).eval(), None, {}
         model = HybridDETR(**checkpoint['architecture'])
         model.load_state_dict(checkpoint['model'])
     except (ValueError, TypeError, RuntimeError) as error:
@@ -74,20 +76,21 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
 # --- From outputs to detections -------------------------------------------------------------------------------------
 
 def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, nms: float | None = None):
-    """The `top` best of all N*C scores of the last layer, without NMS unless asked: -> per image scores (k,) in falling
-    order, labels (k,), boxes_xyxy (k,4) in pixels of the stored image. k = min(top, N*C), less with NMS.
+    """The `top` best of all N*C scores of the last layer: -> per image scores (k,) in falling order, labels (k,),
+    boxes_xyxy (k,4) in pixels of the stored image; k = min(top, N*C), or less with NMS.
 
-    A query may appear with several classes (Deformable DETR's official post-processing, 100 in H-DETR's).
+    A query may appear with several classes (Deformable DETR's official post-processing, 100 in H-DETR's). With NMS at
+    IoU `nms`, the best 10 * top are thinned out first: else duplicates would take the places of other objects.
     """
     probability = outputs.pred_logits[-1].float().sigmoid()                                         # (B, N, C)
     B, N, C = probability.shape
-    scores, flat = probability.flatten(1).topk(min(top, N * C), 1)
+    scores, flat = probability.flatten(1).topk(min(top if nms is None else 10 * top, N * C), 1)
     labels, query = flat % C, flat // C
     boxes = box_convert(outputs.pred_boxes[-1].float(), 'cxcywh', 'xyxy').gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device)[:, None]
     kept = []
     for s, l, b in zip(scores, labels, boxes):
-        keep = slice(None) if nms is None else batched_nms(b, s, l, nms)
+        keep = slice(None) if nms is None else batched_nms(b, s, l, nms)[:top]
         kept.append((s[keep], l[keep], b[keep]))
     return kept
 
@@ -106,7 +109,10 @@ def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: i
     loader = val_loader(dataset, batch_size, workers, rank, world)
     for batch in tqdm(loader, desc='evaluate', leave=False, disable=rank > 0 or None):
         batch = batch.to(device)
-        outputs = model(batch.images, batch.padding_mask, group)
+        try:
+            outputs = model(batch.images, batch.padding_mask, group)
+        except ValueError as error:
+            raise UserError(f'{batch.names[0]}: {error}') from None
         for image_id, (scores, labels, boxes) in zip(batch.image_ids, detections(outputs, batch.sizes, nms=nms)):
             xywh = box_convert(boxes, 'xyxy', 'xywh').double().cpu().numpy()
             rows.append(np.column_stack([np.full(len(xywh), image_id), xywh, scores.double().cpu(),
@@ -121,11 +127,11 @@ def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: i
 
 
 def duplicate_rate(rows: np.ndarray) -> float:
-    """The part of the detections of score above 0.3 that overlap a better one of their image and class at IoU 0.7."""
+    """The part of the detections of score above 0.3 that NMS at IoU 0.7 would remove; 0 if there are none."""
     rows = torch.from_numpy(rows[rows[:, 5] > 0.3])
     image_and_class = rows[:, [0, 6]].unique(dim=0, return_inverse=True)[1]
     kept = batched_nms(box_convert(rows[:, 1:5], 'xywh', 'xyxy'), rows[:, 5], image_and_class, 0.7)
-    return 1 - len(kept) / max(len(rows), 1)
+    return (len(rows) - len(kept)) / max(len(rows), 1)
 
 
 def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False):
@@ -214,7 +220,7 @@ def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int)
         if max(theirs.ids) >= columns:
             raise UserError(f'the checkpoint has {columns} columns for category ids, the data has id {max(theirs.ids)}')
         return list(range(columns))
-    if model_categories.ids != theirs.ids:
+    if (model_categories.ids, model_categories.names) != (theirs.ids, theirs.names):
         ours, data = (f'{len(c)} classes, {", ".join(c.names[:4])}.. with ids {c.ids[:4]}..'
                       for c in (model_categories, theirs))
         raise UserError(f'the checkpoint detects {ours}, the data has {data}')
@@ -222,27 +228,39 @@ def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--weights', required=True, help='checkpoint of train.py or of HDETR/H-Deformable-DETR')
-    parser.add_argument('--data', help="'shapes' or a folder in the COCO layout; None: what it was trained on")
-    parser.add_argument('--split', choices=('val', 'train'), default='val', help='which part of the data')
-    parser.add_argument('--image-size', type=int, help='short side of the resized images; None: as in training')
-    parser.add_argument('--batch-size', type=int, default=8, help='images at a time')
-    parser.add_argument('--workers', type=int, default=2, help='processes that load images')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda or cpu')
-    parser.add_argument('--group', type=int, default=0, help='query group to evaluate; 0 is the detector')
+    parser.add_argument('--data', help="'shapes' or a folder in the COCO layout (default what it was trained on)")
+    parser.add_argument('--split', choices=('val', 'train'), default='val', help='part of the data (default val)')
+    parser.add_argument('--image-size', type=int, help='short side of the resized images (default as in training)')
+    parser.add_argument('--batch-size', type=int,
+                        help='images at a time (default as in training, official 2); their padding enters the '
+                             'GroupNorm, so it moves the result a little')
+    parser.add_argument('--workers', type=int, default=2, help='processes that load images (default 2)')
+    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='default cuda if there is one')
+    parser.add_argument('--group', type=int, default=0, help='query group to evaluate (default 0, the detector)')
     parser.add_argument('--nms', type=float, help='remove boxes that overlap a better one of their class at this IoU')
     parser.add_argument('--per-class', action='store_true', help='print the AP of each class')
     parser.add_argument('--save-json', help="write the detections in COCO's results format to this file")
     parser.add_argument('--pictures', type=int, default=0, metavar='N',
                         help='draw ground truth and predictions of N images')
-    parser.add_argument('--picture-file', default='predictions.png', help='where --pictures draws')
+    parser.add_argument('--picture-file', default='predictions.png', help='PNG to draw to (default predictions.png)')
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.nms is not None and not 0 <= args.nms <= 1:
+        raise UserError(f'--nms {args.nms}: is an IoU, 0 to 1')
+    for name, least in dict(batch_size=1, image_size=32, workers=0, pictures=0).items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
+    for path in (args.save_json, args.picture_file):
+        if path and not Path(path).parent.is_dir():
+            raise UserError(f'the folder of {path} does not exist')
+    if not args.picture_file.endswith('.png'):
+        raise UserError(f'--picture-file {args.picture_file}: must end in .png')
     model, categories, settings = load_detector(args.weights)
     if not 0 <= args.group < len(model.groups):
         raise UserError(f'--group {args.group}: the model has groups 0 to {len(model.groups) - 1}')
@@ -253,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     dataset = open_dataset(name, args.split, size, seed=settings.get('seed', 0))
     model.to(args.device)
     ids = ids_for(categories, dataset, model.class_heads[0].out_features)
-    rows = detect(model, dataset, ids, batch_size=args.batch_size, workers=args.workers, nms=args.nms, group=args.group)
+    batch_size = args.batch_size or settings.get('batch_size', 2)
+    rows = detect(model, dataset, ids, batch_size=batch_size, workers=args.workers, nms=args.nms, group=args.group)
     if args.save_json:
         results = [{'image_id': int(image_id), 'category_id': int(category_id), 'bbox': bbox, 'score': score}
                    for image_id, *bbox, score, category_id in rows.tolist()]
@@ -272,7 +291,7 @@ def run_command(main) -> None:
     """Run a command; what the user can mend ends it with one line and exit code 1."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:   # OSError: no right to write, disk full
         # From a worker process the message comes with its traceback around it.
         sys.exit(f'{Path(sys.argv[0]).name}: {str(error).split("UserError: ")[-1].strip()}')
 

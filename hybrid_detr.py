@@ -77,7 +77,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, frozen: bool = True):
         super().__init__()
         self.name = name
-        swin, resnet = name.startswith('swin'), re.match('(resnet|resnext|wide_resnet)', name)
+        swin, resnet = name.startswith('swin_'), re.match('(resnet|resnext|wide_resnet)', name)
         if not (swin or resnet) or name not in torchvision.models.list_models():
             raise ValueError(f'unknown backbone {name!r}: use tiny, or a ResNet or Swin of torchvision, as resnet50')
         norm = {'norm_layer': FrozenBatchNorm2d} if frozen and not swin else {}
@@ -358,6 +358,11 @@ class HybridDETR(nn.Module):
         nn.init.normal_(self.level_embed)
         if self.query_content is not None:
             nn.init.normal_(self.query_content)
+        # The groups' heads see the same tokens and targets: if they started equal, they would stay equal for ever.
+        for head in (*self.encoder_class_heads[1:], *self.encoder_box_heads[1:]):
+            for module in head.modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
         for head in (*self.class_heads, *self.encoder_class_heads):
             nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
         for head in (*self.box_heads, *self.encoder_box_heads):
@@ -461,54 +466,57 @@ class HybridDETR(nn.Module):
 
 # --- Checkpoints of HDETR/H-Deformable-DETR -------------------------------------------------------------------------
 
-OFFICIAL_NAMES = [                  # (official name as a regular expression, name here); the first that fits is taken
-    (r'transformer\.level_embed', r'level_embed'),
-    (r'transformer\.encoder\.layers\.(\d+)\.self_attn\.(.+)', r'encoder.\1.attention.\2'),
-    (r'transformer\.encoder\.layers\.(\d+)\.norm1\.(.+)', r'encoder.\1.norm.\2'),
-    (r'transformer\.encoder\.layers\.(\d+)\.norm2\.(.+)', r'encoder.\1.ffn.norm.\2'),
-    (r'transformer\.(encoder|decoder)\.layers\.(\d+)\.(linear[12]\..+)', r'\1.\2.ffn.\3'),
-    (r'transformer\.decoder\.layers\.(\d+)\.cross_attn\.(.+)', r'decoder.\1.cross_attention.\2'),
-    (r'transformer\.decoder\.layers\.(\d+)\.norm1\.(.+)', r'decoder.\1.cross_norm.\2'),
-    (r'transformer\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(.+)', r'decoder.\1.self_attention.in_proj.\2'),
-    (r'transformer\.decoder\.layers\.(\d+)\.self_attn\.out_proj\.(.+)', r'decoder.\1.self_attention.out_proj.\2'),
-    (r'transformer\.decoder\.layers\.(\d+)\.norm2\.(.+)', r'decoder.\1.self_norm.\2'),
-    (r'transformer\.decoder\.layers\.(\d+)\.norm3\.(.+)', r'decoder.\1.ffn.norm.\2'),
-    (r'transformer\.enc_output\.(.+)', r'proposal_proj.0.\1'),
-    (r'transformer\.enc_output_norm\.(.+)', r'proposal_proj.1.\1'),
-    (r'transformer\.pos_trans\.(.+)', r'position_proj.0.\1'),
-    (r'transformer\.pos_trans_norm\.(.+)', r'position_proj.1.\1'),
-    (r'query_embed\.weight', r'query_content'),
-    (r'class_embed\.(\d+)\.(.+)', r'class_heads.\1.\2'),
-    (r'bbox_embed\.(\d+)\.layers\.0\.(.+)', r'box_heads.\1.0.\2'),
-    (r'bbox_embed\.(\d+)\.layers\.1\.(.+)', r'box_heads.\1.2.\2'),
-    (r'bbox_embed\.(\d+)\.layers\.2\.(.+)', r'box_heads.\1.4.\2'),
-    (r'backbone\.0\.body\.(.+)', r'backbone.body.\1'),
-    (r'input_proj\.(.+)', r'input_proj.\1'),
+OFFICIAL_NAMES = [   # (name here as a regular expression, official name); the first that fits is taken
+    (r'level_embed', r'transformer.level_embed'),
+    (r'query_content', r'query_embed.weight'),
+    (r'encoder\.(\d+)\.attention\.(.+)', r'transformer.encoder.layers.\1.self_attn.\2'),
+    (r'encoder\.(\d+)\.norm\.(.+)', r'transformer.encoder.layers.\1.norm1.\2'),
+    (r'encoder\.(\d+)\.ffn\.norm\.(.+)', r'transformer.encoder.layers.\1.norm2.\2'),
+    (r'decoder\.(\d+)\.cross_attention\.(.+)', r'transformer.decoder.layers.\1.cross_attn.\2'),
+    (r'decoder\.(\d+)\.cross_norm\.(.+)', r'transformer.decoder.layers.\1.norm1.\2'),
+    (r'decoder\.(\d+)\.self_attention\.in_proj\.(.+)', r'transformer.decoder.layers.\1.self_attn.in_proj_\2'),
+    (r'decoder\.(\d+)\.self_attention\.out_proj\.(.+)', r'transformer.decoder.layers.\1.self_attn.out_proj.\2'),
+    (r'decoder\.(\d+)\.self_norm\.(.+)', r'transformer.decoder.layers.\1.norm2.\2'),
+    (r'decoder\.(\d+)\.ffn\.norm\.(.+)', r'transformer.decoder.layers.\1.norm3.\2'),
+    (r'(encoder|decoder)\.(\d+)\.ffn\.(.+)', r'transformer.\1.layers.\2.\3'),
+    (r'proposal_proj\.0\.(.+)', r'transformer.enc_output.\1'),
+    (r'proposal_proj\.1\.(.+)', r'transformer.enc_output_norm.\1'),
+    (r'position_proj\.0\.(.+)', r'transformer.pos_trans.\1'),
+    (r'position_proj\.1\.(.+)', r'transformer.pos_trans_norm.\1'),
+    (r'class_heads\.(\d+)\.(.+)', r'class_embed.\1.\2'),
+    (r'box_heads\.(\d+)\.0\.(.+)', r'bbox_embed.\1.layers.0.\2'),
+    (r'box_heads\.(\d+)\.2\.(.+)', r'bbox_embed.\1.layers.1.\2'),
+    (r'box_heads\.(\d+)\.4\.(.+)', r'bbox_embed.\1.layers.2.\2'),
+    (r'backbone\.body\.(.+)', r'backbone.0.body.\1'),
+    (r'(input_proj\..+)', r'\1'),
 ]
 
 
-def official_name(name: str, decoder_layers: int) -> str | None:
-    """The name here of an entry of an official checkpoint; None if no rule fits. The head behind the decoder's last is
-    the encoder's; `transformer.decoder.{class,bbox}_embed` are aliases of the same heads."""
-    name = re.sub(r'^transformer\.decoder\.(?=(class|bbox)_embed)', '', name)
-    for pattern, ours in OFFICIAL_NAMES:
+def official_name(name: str, decoder_layers: int) -> str:
+    """The official name of an entry of this model's state dict. Raises KeyError for an entry it does not have there.
+
+    The official encoder's heads are those behind the decoder's last; so only one pair of encoder heads has a name.
+    """
+    name = re.sub(r'^encoder_(class|box)_heads\.0\.', rf'\1_heads.{decoder_layers}.', name)
+    for pattern, official in OFFICIAL_NAMES:
         if re.fullmatch(pattern, name):
-            name = re.sub(pattern, ours, name)
-            return re.sub(rf'^(class|box)_heads\.{decoder_layers}\.', r'encoder_\1_heads.0.', name)
-    return None
+            return re.sub(pattern, official, name)
+    raise KeyError(name)
 
 
-def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 1500)) -> HybridDETR:
+def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 1500),
+                  mixed_selection: bool = True) -> HybridDETR:
     """Build the model that fits a checkpoint of the public H-Deformable-DETR and load every entry.
 
     state_dict: the checkpoint's 'model'. Layers, widths, classes, levels and the ResNet are read off the shapes; 8
     heads are assumed, as in every official file. The class columns stay as they are: COCO's raw category ids 0..90.
+    `transformer.decoder.{class,bbox}_embed` are aliases of `{class,bbox}_embed`: both are expected, and equal.
     Raises ValueError that names the entry if one is unknown, missing, of another shape, or an alias with other values;
     and if `queries` does not sum to the rows of `query_embed.weight`.
     """
     def shape(name: str) -> torch.Size:
         if name not in state_dict:
-            raise ValueError(f'no entry {name} (expected is a two-stage checkpoint of H-Deformable-DETR)')
+            raise ValueError(f'missing entry {name} (expected is a two-stage checkpoint of H-Deformable-DETR)')
         return state_dict[name].shape
 
     def count(pattern: str) -> int:
@@ -516,8 +524,7 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
 
     levels, width = shape('transformer.level_embed')
     layers = count(r'transformer\.decoder\.layers\.(\d+)')
-    mixed = 'query_embed.weight' in state_dict
-    if mixed and shape('query_embed.weight')[0] != sum(queries):
+    if mixed_selection and shape('query_embed.weight')[0] != sum(queries):
         raise ValueError(f'query_embed.weight has {shape("query_embed.weight")[0]} rows, but queries={tuple(queries)}')
     blocks = tuple(count(rf'backbone\.0\.body\.layer{stage}\.(\d+)') for stage in (1, 2, 3, 4))
     resnets = {(2, 2, 2, 2): 'resnet18', (3, 4, 6, 3): 'resnet50', (3, 4, 23, 3): 'resnet101'}
@@ -525,21 +532,22 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
         raise ValueError(f'backbone.0.body.layer1..4 have {blocks} blocks: no ResNet that is known here')
     model = HybridDETR(
         shape('class_embed.0.weight')[0], queries, resnets[blocks], width=width, levels=levels, decoder_layers=layers,
-        encoder_layers=count(r'transformer\.encoder\.layers\.(\d+)'), mixed_selection=mixed,
+        encoder_layers=count(r'transformer\.encoder\.layers\.(\d+)'), mixed_selection=mixed_selection,
         ffn=shape('transformer.encoder.layers.0.linear1.weight')[0],
         points=shape('transformer.encoder.layers.0.self_attn.attention_weights.weight')[0] // (8 * levels))
-    expected, ours = model.state_dict(), {}
-    for name, value in state_dict.items():
-        to = official_name(name, layers)
-        if to not in expected:
-            raise ValueError(f'unknown entry: {name}')
-        if value.shape != expected[to].shape:
-            raise ValueError(f'entry {name} is {tuple(value.shape)}, the model needs {tuple(expected[to].shape)}')
-        if to in ours and not torch.equal(ours[to], value):
-            raise ValueError(f'entry {name} differs from the entry it is an alias of')
-        ours[to] = value
-    for name in expected:
-        if name not in ours:
-            raise ValueError(f'no entry for {name}')
-    model.load_state_dict(ours)
+    loaded, unknown = {}, set(state_dict)
+    for ours, value in model.state_dict().items():
+        name = official_name(ours, layers)
+        if shape(name) != value.shape:
+            raise ValueError(f'entry {name} is {tuple(shape(name))}, the model needs {tuple(value.shape)}')
+        loaded[ours] = state_dict[name]
+        unknown.discard(name)
+        if re.match('(class|bbox)_embed', name):
+            alias = f'transformer.decoder.{name}'
+            if shape(alias) != value.shape or not torch.equal(state_dict[alias], state_dict[name]):
+                raise ValueError(f'entry {alias} differs from {name}, of which it is an alias')
+            unknown.discard(alias)
+    if unknown:
+        raise ValueError(f'unknown entry {min(unknown)} ({len(unknown)} in all)')
+    model.load_state_dict(loaded)
     return model

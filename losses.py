@@ -8,7 +8,8 @@ copies, G groups. Let n_box be the number of ground truth boxes of the batch (av
     one-to-many, K       K * n_box: the repeated boxes are counted (H-DETR's code;      K * n_box
                          Eq. 2 does not say)
     G groups             G * n_box, i.e. the mean over groups of Group DETR Eq. 7       n_box, weight 1/G
-    encoder proposals    n_box, labels all 0 (H-DETR's code)                            n_box; each head as its group
+    encoder proposals    n_box, labels all 0 (H-DETR's code; Group DETR's has the       as the group of the head;
+                         full labels)                                                   labels all 0
     background           the same divisor as its group: unmatched queries learn "nothing here", and only that
 
 This file needs torch and torchvision only, and can be copied alone.

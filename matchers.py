@@ -46,18 +46,20 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 
 class QueryGroup(NamedTuple):
-    """One consecutive piece of the query row: its size, its copies K in each of the L layers, its loss weight."""
+    """One consecutive piece of the query row."""
     queries: int
-    copies: tuple[int, ...]
-    weight: float = 1.0
+    copies: tuple[int, ...]    # of each ground truth, in each of the L layers
+    weight: float = 1.0        # of its loss
+    proposal_copies: int = 1   # of each ground truth for its encoder head, if it has one of its own
 
 
 def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: int = 0, K: int = 1,
                  weight: float = 1.0, rho: float = 2 / 3, L1: int = 0, G: int = 1) -> list[QueryGroup]:
     """The table row of a scheme: the groups that are trained at `progress` (0 at the start, 1 at the end of training).
 
-    The first group is the detector: the others exist only in training (Group DETR Alg. 1, H-DETR §3.2.1). It stays
-    free of NMS because its own assignment is one-to-one and its self-attention sees no other group.
+    The first group is the detector; the others exist only in training (Group DETR Alg. 1, H-DETR §3.2.1). It needs no
+    NMS where its assignment is one-to-one when it counts, in the last layers at the end of training, and where its
+    self-attention sees no other group: then one query for each object is rewarded, and a second one is background.
 
     n: queries of the first group; T, K, weight (lambda in the paper): queries, copies and loss weight of the
     one-to-many part; rho, L1: the part of training and the number of first layers that are one-to-many; G: groups.
@@ -71,15 +73,17 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
         # are matched together, and share out the copies among themselves. K = 1 is worse than the baseline (Table 9:
         # 46.4 against 47.0 AP), since the second group starts from worse proposals (App. D) and one copy repays little;
         # from K = 3 on it gains.
-        'branch': [QueryGroup(n, one), QueryGroup(T, many, weight)],
+        'branch': [QueryGroup(n, one), QueryGroup(T, many, weight, proposal_copies=K + 1)],
         # H-DETR §3.2.2, Eq. 3-4: one-to-many for the first rho of training, then one-to-one.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
         # H-DETR §3.2.2, Eq. 5-6: one-to-many on the first L1 layers. (Eq. 6 as printed counts layer L1 twice.)
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
-        # Group DETR Eq. 5-7: the mean of G one-to-one losses. The groups must not see each other: each learns to have
-        # one query for an object, as at inference, and a query of another group would have to be the duplicate.
+        # Group DETR Eq. 5-7: the mean of G one-to-one losses. The groups must not see each other: a query would find
+        # the queries of other groups on its object and learn to count on them, and at inference they are gone
+        # (Table 7: 34.8 AP with attention across the groups, 37.6 without).
         'group': [QueryGroup(n, one, 1 / G)] * G,
-        # H-DETR Table 13 row 1, Group DETR Table 7 (b): duplicates are never punished, so inference needs NMS.
+        # H-DETR Table 13 row 1, Group DETR Table 7 (b): K queries are rewarded for one object and nothing ranks them,
+        # so inference needs NMS.
         'one2many': [QueryGroup(n, many)],
     }
     if scheme not in table:
@@ -91,7 +95,7 @@ def expected_positives(scheme: str, layers: int, epochs: float, **row) -> float:
     """Positive queries of one ground truth in a whole training (H-DETR §4.2: 504 in 12 epochs for all its schemes)."""
     early, late = (sum(sum(group.copies) for group in query_groups(scheme, layers, progress, **row))
                    for progress in (0, 1))
-    rho = row.get('rho', 0)   # only `epoch` changes with time
+    rho = row.get('rho', 2 / 3)   # only `epoch` changes with time
     return epochs * (rho * early + (1 - rho) * late)
 
 
@@ -158,12 +162,12 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
 def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
     """The encoder's proposals as a row of one layer: each of the E heads is a group of all S tokens.
 
-    One head is matched one-to-one (official code of H-DETR). With a head for each group, a one-to-one group's is
-    matched one-to-one (Group DETR A.2) and a one-to-many group's with K+1 copies (H-DETR App. D).
+    One head is matched one-to-one (official code of H-DETR). A head for each group is matched one-to-one, too (Group
+    DETR A.2), but that of H-DETR's one-to-many group with K+1 copies (App. D), and weighs as much as its group.
     """
     if heads == 1:
         return [QueryGroup(tokens, (1,))]
-    return [QueryGroup(tokens, (1 if group.copies[0] == 1 else group.copies[0] + 1,), group.weight) for group in groups]
+    return [QueryGroup(tokens, (group.proposal_copies,), group.weight) for group in groups]
 
 
 @torch.no_grad()   # an assignment is a choice, not a function: no gradient goes through it, only through the losses
@@ -176,20 +180,21 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     rows are cut. The encoder is matched with every label 0: it only ranks "object or not" (official code of H-DETR).
     The GPU is waited for once: all costs cross to the CPU in one transfer. The official code crosses once for each
     of the 6 + 6 layers of both branches and the encoder.
-    Raises FloatingPointError, with the part, image and layer, if a cost is not finite.
+    Raises FloatingPointError, with the part, image and layer, if a prediction or cost is not finite.
     """
     images = range(len(gt_boxes))
     costs = [matching_cost(pred_logits[:, b], pred_boxes[:, b], gt_labels[b], gt_boxes[b]) for b in images]
     costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b])
               for b in images]
-    flat = torch.cat([cost.flatten() for cost in costs]).cpu()
-    on_cpu = [part.view_as(cost) for part, cost in zip(flat.split([cost.numel() for cost in costs]), costs)]
-    for i, cost in enumerate(on_cpu):
-        bad = (~cost.isfinite()).flatten(1).any(1)                                                      # (L,)
-        if bad.any():
-            part, image = divmod(i, len(gt_boxes))
-            raise FloatingPointError(f'the cost of {("decoder", "encoder")[part]} layer {int(bad.nonzero()[0])} is not '
-                                     f'finite for image {image} of the batch')
+    sums = torch.cat([pred_logits.sum((2, 3)), encoder_logits.sum((2, 3))])   # (L+1, B): not finite if any logit is not
+    on_gpu = [*costs, sums]
+    flat = torch.cat([x.flatten() for x in on_gpu]).cpu()
+    *on_cpu, sums = [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in on_gpu]), on_gpu)]
+    for b in images:
+        of_layers = torch.cat([on_cpu[b].flatten(1).sum(1), on_cpu[len(images) + b].flatten(1).sum(1)])   # (L+1,)
+        for layer in (~(of_layers + sums[:, b]).isfinite()).nonzero().flatten().tolist():
+            where = 'the encoder' if layer == len(pred_logits) else f'decoder layer {layer}'
+            raise FloatingPointError(f'the predictions of {where} are not finite for image {b} of the batch')
     decoder, encoder = assign(on_cpu[:len(images)], groups), assign(on_cpu[len(images):], proposal_groups)
     return tuple(Matches(*torch.stack(pairs).to(pred_logits.device, non_blocking=True)) for pairs in (decoder, encoder))
 
@@ -217,16 +222,19 @@ def draw(file: str) -> None:
     from PIL import Image, ImageDraw, ImageFont
     panels = [('one2one', 'always', 0, 0), ('branch', 'always', 0, 0), ('group', 'always', 0, 0),
               ('one2many', 'always', 0, 0), ('epoch', 'first part of training', 0, 0),
-              ('epoch', 'rest of training', 0, 1), ('layer', 'first layers', 0, 0), ('layer', 'last layers', 1, 0)]
+              ('epoch', 'rest of training', 0, 1), ('layer', 'first L1 layers', 0, 0), ('layer', 'other layers', 1, 0)]
     colours, grey = {'A': '#0072B2', 'B': '#D55E00', '.': '#BBBBBB'}, '#555555'
     large, small = (ImageFont.load_default(size=size) for size in (38, 28))
-    image = Image.new('RGB', (3200, 1300), 'white')   # twice the final size, for smooth lines
+    image = Image.new('RGB', (3200, 1330), 'white')   # twice the final size, for smooth lines
     pen = ImageDraw.Draw(image)
     for i, (scheme, when, layer, progress) in enumerate(panels):
         x, y = i % 4 * 800 + 50, i // 4 * 650 + 30
         groups, found = toy(scheme, layer, progress)
         pen.text((x, y), f'{scheme}: {when}', 'black', large)
-        pen.text((x, y + 46), '  '.join(f'{name}={value}' for name, value in TOY_ROWS[scheme].items()), grey, small)
+        numbers = '  '.join(f'{name}={value}' for name, value in TOY_ROWS[scheme].items())
+        copies = ' | '.join(f'{group.queries} queries, K={group.copies[layer]}' for group in groups[:2])
+        copies = f'{len(groups)} groups of {copies.split(" | ")[0]}' if scheme == 'group' else copies
+        pen.text((x, y + 48), f'{numbers}:  {copies}', grey, small)
         group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
         height = [y + 150 + 64 * q + 26 * group_of[q] for q in range(len(found))]
         gt_height = {'A': y + 230, 'B': y + 430}
@@ -245,8 +253,8 @@ def draw(file: str) -> None:
                 left, top = x + 374 + 52 * k, y + 130 + 52 * q
                 seen = '#444444' if group_of[q] == group_of[k] else 'white'
                 pen.rectangle((left, top, left + 52, top + 52), seen, '#BBBBBB', 2)
-        pen.text((x + 374, y + 455), 'self-attention:', grey, small)
-        pen.text((x + 374, y + 490), 'who (row) sees whom', grey, small)
+    pen.text((50, 1275), 'Circle: query, in the colour of the ground truth (square) it has to find; grey: "nothing '
+             'here".     Matrix: self-attention, the query of a row sees those of the dark columns.', 'black', small)
     image.reduce(2).save(file)
 
 

@@ -17,6 +17,7 @@ import unittest
 import unittest.mock
 import zlib
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -204,9 +205,9 @@ class TestParity(Close, unittest.TestCase):
         model, images, mask = small_official(torch.float64)
         model.train().zero_grad()
         sum(loss_of(model(images, mask), *ground_truths('A', torch.float64), GROUPS).values()).backward()
-        parameters = dict(model.named_parameters())
+        parameters, ours = dict(model.named_parameters()), {official_name(name, 3): name for name in model.state_dict()}
         for name, (norm, projection) in GRADIENTS.items():
-            gradient = parameters[official_name(name, 3)].grad
+            gradient = parameters[ours[name]].grad
             self.assertAlmostEqual(float(gradient.norm()) / norm, 1, delta=1e-6, msg=f'gradient norm of {name}')
             along = float((gradient * torch.from_numpy(draw(name, gradient.shape))).sum())
             self.assertAlmostEqual(along / norm, projection / norm, delta=1e-5, msg=f'gradient of {name}')
@@ -217,7 +218,9 @@ class TestParity(Close, unittest.TestCase):
         from_official(state, (2, 3))
         for broken, message in (({**state, 'transformer.extra': torch.zeros(1)}, 'transformer.extra'),
                                 ({k: v for k, v in state.items() if k != 'input_proj.2.0.bias'}, 'input_proj.2.0.bias'),
-                                ({k: v for k, v in state.items() if 'class_embed.1.bias' not in k}, 'encoder_class_heads.0.bias'),
+                                ({k: v for k, v in state.items() if 'class_embed.1.bias' not in k}, 'class_embed.1.bias'),
+                                ({k: v for k, v in state.items() if k != 'transformer.decoder.class_embed.1.bias'}, 'transformer.decoder.class_embed.1.bias'),
+                                ({k: v for k, v in state.items() if k != 'query_embed.weight'}, 'query_embed.weight'),
                                 ({**state, 'input_proj.0.0.bias': torch.zeros(3)}, 'input_proj.0.0.bias'),
                                 ({**state, 'transformer.decoder.class_embed.0.bias': torch.ones(2)}, 'class_embed.0.bias')):
             with self.assertRaisesRegex(ValueError, re.escape(message)):
@@ -327,12 +330,12 @@ class TestGolden(Close, unittest.TestCase):
         model, images, mask = small_official(torch.float64)
         model.train()
         outputs = model(images, mask)
-        parameters = dict(model.named_parameters())
+        parameters, ours = dict(model.named_parameters()), {official_name(name, 3): name for name in model.state_dict()}
         for case, facts in self.facts['cases'].items():
             model.zero_grad()
             sum(loss_of(outputs, *ground_truths(case, torch.float64), GROUPS).values()).backward(retain_graph=True)
             for name, norm in facts['grad_norm_float64'].items():
-                parameter = parameters[official_name(name, 3)]
+                parameter = parameters[ours[name]]
                 if norm is None:
                     self.assertIsNone(parameter.grad, name)
                     continue
@@ -461,6 +464,10 @@ class TestMatching(unittest.TestCase):
         outputs.pred_boxes[1, 1, 0, 0] = math.nan
         with self.assertRaisesRegex(FloatingPointError, 'decoder layer 1 .* image 1'):
             match(*outputs, labels, boxes, [QueryGroup(8, (1, 1))], [QueryGroup(12, (1,))])
+        outputs = random_outputs(rng, 2, 2, 8, 3)
+        outputs.encoder_logits[0, 0, 3, 2] = math.inf   # no box in the image, so there is no cost to notice it by
+        with self.assertRaisesRegex(FloatingPointError, 'encoder .* image 0'):
+            match(*outputs, [labels[0][:0], labels[1]], [boxes[0][:0], boxes[1]], [QueryGroup(8, (1, 1))], [QueryGroup(12, (1,))])
 
 
 class TestSchemes(unittest.TestCase):
@@ -475,7 +482,7 @@ class TestSchemes(unittest.TestCase):
 
         baseline = total('one2one', n=12)
         for scheme, numbers in (('branch', dict(n=12, T=0, K=6)), ('epoch', dict(n=12, K=5, rho=0.0)), ('epoch', dict(n=12, K=1)),
-                                ('layer', dict(n=12, K=5, L1=0)), ('layer', dict(n=12, K=1, L1=2)), ('group', dict(n=12, G=1)),
+                                ('branch', dict(n=12, T=0, K=1)), ('layer', dict(n=12, K=5, L1=0)), ('layer', dict(n=12, K=1, L1=2)), ('group', dict(n=12, G=1)),
                                 ('one2many', dict(n=12, K=1)), ('epoch', dict(n=12, K=5, progress=0.7))):
             self.assertEqual(total(scheme, **numbers), baseline, f'{scheme} with {numbers} is not the one-to-one loss')
         half = total('one2one', keep=6, n=6)
@@ -483,7 +490,7 @@ class TestSchemes(unittest.TestCase):
 
     def test_rows(self):
         paper = {name: query_groups(name, 6, **row) for name, row in train.PAPER_ROWS.items()}
-        self.assertEqual(paper['branch'], [QueryGroup(300, (1,) * 6), QueryGroup(1500, (6,) * 6, 1.0)])
+        self.assertEqual(paper['branch'], [QueryGroup(300, (1,) * 6), QueryGroup(1500, (6,) * 6, 1.0, proposal_copies=7)])
         self.assertEqual(paper['layer'], [QueryGroup(1800, (10, 10, 10, 10, 1, 1))])
         self.assertEqual(paper['group'], [QueryGroup(300, (1,) * 6, 1 / 11)] * 11)
         with self.assertRaisesRegex(ValueError, 'unknown scheme'):
@@ -493,16 +500,34 @@ class TestSchemes(unittest.TestCase):
         """H-DETR §4.2: its three schemes give a ground truth equally many positives in 12 epochs of 6 layers."""
         for scheme, wanted in (('one2one', 72), ('branch', 504), ('epoch', 504), ('layer', 504), ('group', 11 * 72)):
             self.assertAlmostEqual(matchers.expected_positives(scheme, 6, 12, **train.PAPER_ROWS[scheme]), wanted, msg=scheme)
+        self.assertAlmostEqual(matchers.expected_positives('epoch', 6, 12, n=1800, K=10), 504, msg='rho is 2/3 if not given')
+        tiny = {round(matchers.expected_positives(scheme, 3, 1, **train.TINY_ROWS[scheme]), 6) for scheme in ('branch', 'epoch', 'layer')}
+        self.assertEqual(tiny, {21}, "H-DETR's schemes have equally many positives at the tiny size, too")
+
+    def test_encoder_groups(self):
+        for K in (1, 6):
+            branch = encoder_groups(query_groups('branch', 6, n=300, T=300 * K, K=K, weight=0.5), 2, 1000)
+            self.assertEqual(branch, [QueryGroup(1000, (1,)), QueryGroup(1000, (K + 1,), 0.5)], 'H-DETR App. D: K + 1 copies')
+        group = encoder_groups(query_groups('group', 6, n=300, G=4), 4, 1000)
+        self.assertEqual(group, [QueryGroup(1000, (1,), 0.25)] * 4)
+        self.assertEqual(encoder_groups(query_groups('branch', 6, n=3, T=3, K=2), 1, 50), [QueryGroup(50, (1,))])
 
     def test_the_toy_of_the_docstring(self):
         """`python matchers.py` prints the table of the module's docstring."""
         printed = subprocess.run([sys.executable, str(HERE / 'matchers.py')], capture_output=True, text=True, check=True).stdout
         self.assertIn('Alice bathroom, Bob windows, Carol floors, for 15 dollars', printed)
         table = {line.split()[0]: ' '.join(line.split()) for line in printed.splitlines() if line}
-        for line in matchers.__doc__.splitlines():
-            row = re.match(r'    q\d +\d +\d +(\w+ .*)', line)
-            if row:
-                self.assertEqual(' '.join(row[1].split()), table[row[1].split()[0]])
+        rows = [re.match(r'    q(\d) +(\d) +(\d) +(\w+ .*)', line) for line in matchers.__doc__.splitlines()]
+        rows = [row for row in rows if row]
+        self.assertEqual([[int(row[2]), int(row[3])] for row in rows], matchers.TOY_COST.tolist())
+        for row in rows:
+            self.assertEqual(' '.join(row[4].split()), table[row[4].split()[0]])
+        for name, wages in zip(('Alice', 'Bob', 'Carol'), matchers.WORKERS.tolist()):
+            self.assertRegex(matchers.__doc__, name + ''.join(rf' +{wage:.0f}' for wage in wages))
+        # By hand, first and last layer:
+        for scheme, first, last in (('one2one', 'A.B...', 'A.B...'), ('branch', 'ABBABA', 'ABBABA'), ('group', 'ABBABA', 'ABBABA'),
+                                    ('epoch', 'ABBA..', 'A.B...'), ('layer', 'ABBA..', 'A.B...'), ('one2many', 'ABBA..', 'ABBA..')):
+            self.assertEqual((''.join(matchers.toy(scheme, 0, 0.0)[1]), ''.join(matchers.toy(scheme, 1, 1.0)[1])), (first, last), scheme)
 
     def test_golden_assignments(self):
         """Released code of H-DETR and of Group DETR's three implementations, on the same costs."""
@@ -629,15 +654,24 @@ class TestGroups(unittest.TestCase):
                 self.assertTrue(torch.equal(model(self.images, self.mask).pred_boxes, model(self.images, self.mask, 0).pred_boxes))
         self.assertEqual(row.encoder_logits.shape[2], 3 * model(self.images, self.mask).encoder_logits.shape[2])
 
-    def test_attention_that_is_not_separate(self):
-        """Group DETR Table 7 (c): the groups see each other in training, and inference still has one group."""
-        model = tiny_model((5, 5), separate_attention=False)
-        model.backbone.eval()
-        separate = tiny_model((5, 5))
-        separate.backbone.eval()
-        with torch.no_grad():
-            self.assertFalse(torch.allclose(model(self.images, self.mask).pred_boxes, separate(self.images, self.mask).pred_boxes))
-            self.assertTrue(torch.equal(model.eval()(self.images, self.mask).pred_boxes, separate.eval()(self.images, self.mask).pred_boxes))
+    def test_disturbing_another_group(self):
+        """The whole model: with separate attention no bit of group 1 moves; without, it does (Group DETR Table 7 c)."""
+        for groups, separate in itertools.product(((6, 6, 6), (6, 10)), (True, False)):
+            model = tiny_model(groups, separate_attention=separate)
+            model.backbone.eval()
+            with torch.no_grad():
+                before = model(self.images, self.mask)
+                model.query_content[6] += 1   # the first query of group 2
+                after = model(self.images, self.mask)
+            for name in ('pred_logits', 'pred_boxes'):
+                same = torch.equal(getattr(before, name)[:, :, :6], getattr(after, name)[:, :, :6])
+                self.assertEqual(same, separate, f'groups {groups}, separate attention {separate}: {name} of group 1')
+            self.assertEqual(model.eval()(self.images, self.mask).pred_logits.shape[2], 6, 'inference has one group')
+
+    def test_heads_of_groups_differ(self):
+        model = tiny_model((6, 6), selection='heads')
+        self.assertFalse(torch.equal(model.encoder_class_heads[0].weight, model.encoder_class_heads[1].weight),
+                         'equal heads with equal targets stay equal for ever')
 
     def test_selection(self):
         logits, boxes = torch.randn(2, 2, 30, 3), torch.randn(2, 2, 30, 4)
@@ -742,6 +776,12 @@ class TestData(unittest.TestCase):
                 if label == 0 and box[0] - box[2] / 2 > 0.01 and box[1] - box[3] / 2 > 0.01 and (box[:2] + box[2:] / 2 < 0.99).all():
                     self.assertGreater(float(box[3] * height), 2 * float(box[2] * width))
 
+    def test_16_bits(self):
+        pixels = np.linspace(0, 4000, 2400).reshape(40, 60).astype(np.uint16)
+        rgb = np.asarray(data.as_rgb(Image.fromarray(pixels)))
+        self.assertEqual((rgb.min(), rgb.max()), (0, 255))
+        self.assertLess((rgb == 255).mean(), 0.02, 'nothing may be cut off')
+
     def test_odd_modes(self):
         for mode in ('L', '1', 'P', 'RGBA', 'LA'):
             with contextlib.redirect_stdout(io.StringIO()):
@@ -766,7 +806,7 @@ class TestData(unittest.TestCase):
 
 # --- Training and evaluation, from the command line -----------------------------------------------------------------
 
-SMALL = ['--image-size', '64', '--batch-size', '2', '--n', '8', '--workers', '0', '--device', 'cpu']
+SMALL = ['--image-size', '64', '--batch-size', '2', '--queries', '8', '--workers', '0', '--device', 'cpu']
 
 
 class TestCommands(unittest.TestCase):
@@ -814,8 +854,8 @@ class TestCommands(unittest.TestCase):
             self.assertTrue(torch.equal(value, resumed['model'][name]), f'{name} differs after a resumed run')
 
     def test_every_scheme_overfits_two_images(self):
-        for scheme, flags in (('one2one', []), ('branch', ['--T', '16', '--K', '2']), ('group', ['--G', '2']), ('epoch', ['--K', '2', '--rho', '0.5', '--n', '24']),
-                              ('layer', ['--K', '2', '--L1', '1', '--n', '24']), ('one2many', ['--K', '2', '--n', '24'])):
+        for scheme, flags in (('one2one', []), ('branch', ['--T', '16', '--K', '2']), ('group', ['--G', '2']), ('epoch', ['--K', '2', '--rho', '0.5', '--queries', '24']),
+                              ('layer', ['--K', '2', '--L1', '1', '--queries', '24']), ('one2many', ['--K', '2', '--queries', '24'])):
             self.run_train('--overfit', '2', '--steps', '160', '--scheme', scheme, *flags, '--lr', '2e-3', '--ffn', '64', out=scheme)
             records = [json.loads(line) for line in (self.root / scheme / 'metrics.jsonl').read_text().splitlines()]
             self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.9, f'{scheme} does not fit two images')
@@ -832,6 +872,40 @@ class TestCommands(unittest.TestCase):
         self.assertTrue(all(1 <= row['category_id'] <= len(data.SHAPES) for row in json.loads(results.read_text())))
         for name, value in evaluation.load_detector(weights)[0].state_dict().items():
             self.assertTrue(torch.equal(value, before[name]))
+
+    def test_ablations_train_and_evaluate(self):
+        for scheme, flags in (('group', ['--G', '2', '--no-separate-attention']), ('branch', ['--T', '8', '--K', '1', '--selection', 'distinct']),
+                              ('branch', ['--T', '8', '--K', '2', '--selection', 'heads'])):
+            out = '-'.join([scheme, *flags])
+            self.run_train('--scheme', scheme, '--steps', '2', *flags, out=out)
+            for group in '01':
+                with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
+                    evaluation.main(['--weights', str(self.root / out / 'checkpoint.pt'), '--group', group, '--nms', '0.7', '--workers', '0', '--device', 'cpu'])
+                self.assertIn('Average Precision', printed.getvalue())
+
+    def test_duplicate_rate(self):
+        box = [10.0, 10, 20, 20]
+        rows = np.array([[0, *box, 0.9, 1], [0, *box, 0.8, 1], [0, *box, 0.7, 2], [1, *box, 0.6, 1], [0, *box, 0.2, 1]])
+        self.assertEqual(evaluation.duplicate_rate(rows), 0.25, 'one of four above .3: same image, class and place')
+        self.assertEqual(evaluation.duplicate_rate(rows[:0]), 0)
+
+    def test_nms_comes_before_the_best_100(self):
+        """40 objects of 6 equal predictions each: NMS must leave all 40, though 240 scores compete for 100 places."""
+        grid = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(5), indexing='ij'), -1).flatten(0, 1)
+        boxes = torch.cat([(grid + 0.5) / 8, torch.full((40, 2), 0.1)], 1).repeat_interleave(6, 0)
+        outputs = hybrid_detr.Outputs(torch.linspace(2, -2, 240).view(1, 1, 240, 1), boxes[None, None], None, None)
+        (scores, _, _), = evaluation.detections(outputs, [(100, 100)], nms=0.7)
+        self.assertEqual(len(scores), 40)
+
+    def test_matching_stats(self):
+        logits = torch.tensor([[[[0.0, 3], [2, 0], [5, 5]]]])   # the third query is of another group
+        matches = Matches(*(torch.tensor(x) for x in ([0, 0], [0, 0], [0, 2], [0, 0])))
+        outputs = hybrid_detr.Outputs(logits, None, None, None)
+        iou, score, count, unmatched, pairs = train.matching_stats(outputs, matches, torch.tensor([0]), torch.tensor([0.6, 0.9]), 2).tolist()
+        self.assertAlmostEqual(iou, 0.6, places=6)
+        self.assertAlmostEqual(score, 0.5, places=6, msg='the score of the matched class, not the largest')
+        self.assertAlmostEqual(unmatched, 1 / (1 + math.exp(-2)), places=6)
+        self.assertEqual((count, pairs), (1, 2))
 
     def test_perfect_detections_have_ap_1(self):
         dataset = data.ShapesDataset('val', 4, 64, 0)
@@ -858,8 +932,7 @@ class TestCommands(unittest.TestCase):
         self.run_train('--steps', '1', '--scheme', 'one2one')
         weights = str(self.root / 'run' / 'checkpoint.pt')
         printed = self.run_train('--steps', '1', '--scheme', 'one2one', '--data', str(coco_folder(self.root / 'coco')), '--init', weights, out='second')
-        self.assertIn('class_heads.0.weight (3, 96)', printed)
-        self.assertIn('entries loaded', printed)
+        self.assertIn('class_heads.0.weight (3, 96), in the file (6, 96)', printed)
 
     def test_bad_input_is_one_line(self):
         root, out = coco_folder(self.root / 'coco'), self.root / 'out'
@@ -869,15 +942,29 @@ class TestCommands(unittest.TestCase):
         self.refuses('--scheme one2two: choose from', train.main, *run, '--scheme', 'one2two')
         self.refuses('unknown backbone', train.main, *run, '--model', 'vgg16')
         self.refuses('data folder .*nowhere', train.main, *run, '--data', str(self.root / 'nowhere'))
+        self.refuses('--K 6 with --T 0', train.main, *run, '--scheme', 'branch', '--K', '6', '--T', '0')
+        self.refuses('--rho nan', train.main, *run, '--scheme', 'epoch', '--rho', 'nan')
+        self.refuses('scheme group only has', train.main, *run, '--scheme', 'group', '--T', '5')
+        self.refuses('84 tokens, too few', train.main, *run, '--scheme', 'one2one', '--queries', '500')
+        self.refuses('there is a file in the way', train.main, *SMALL, '--out', str(self.root / 'run' / 'metrics.jsonl' / 'x'))
+        self.refuses('--nms 1.5', evaluation.main, '--weights', str(self.root / 'run' / 'checkpoint.pt'), '--nms', '1.5')
         self.refuses('--rho', train.main, *run, '--scheme', 'epoch', '--rho', '2')
         self.refuses('--L1 9', train.main, *run, '--scheme', 'layer', '--L1', '9')
-        self.refuses('exists: go on with --resume', train.main, *SMALL, '--out', str(self.root / 'run'))
+        self.refuses('holds a run: go on with --resume', train.main, *SMALL, '--out', str(self.root / 'run'))
         self.refuses('a resumed run keeps its settings', train.main, '--resume', str(self.root / 'run'), '--scheme', 'group')
         self.refuses('no readable checkpoint', evaluation.main, '--weights', str(self.root / 'code.pt'))
         self.refuses('does not exist', evaluation.main, '--weights', str(self.root / 'no.pt'))
         self.refuses('the data has 3', evaluation.main, '--weights', str(self.root / 'run' / 'checkpoint.pt'), '--data', str(root), '--device', 'cpu')
-        with unittest.mock.patch('torchvision.models._api.load_state_dict_from_url', side_effect=train.URLError('no network')):
-            self.refuses('--no-pretrained', train.main, *run, '--model', 'resnet18', '--data', str(root))
+        for error in (URLError('no network'), RuntimeError('invalid hash value')):
+            with unittest.mock.patch('torchvision.models._api.load_state_dict_from_url', side_effect=error):
+                self.refuses('--no-pretrained', train.main, *run, '--model', 'resnet18', '--data', str(root))
+        file = root / 'annotations' / 'instances_train2017.json'
+        good = file.read_text()
+        for change, message in ((('"image_id": 10', '"image_id": 99'), 'names image 99'), (('"category_id": 90', '"category_id": 91'), 'has category 91'),
+                                (('"width": 60', '"width": 61'), 'has 60 x 40 pixels'), (('"images"', 'images'), 'no valid JSON')):
+            file.write_text(good.replace(*change))
+            self.refuses(message, train.main, *run, '--data', str(root), '--batch-size', '3')
+        file.write_text(good)
         (root / 'train2017' / '1.png').write_bytes((root / 'train2017' / '1.png').read_bytes()[:300])
         self.refuses('cannot read the image .*1.png', train.main, *run, '--data', str(root), '--batch-size', '3')
         (root / 'train2017' / '2.png').unlink()

@@ -10,9 +10,10 @@ import argparse
 import json
 import math
 import os
+import re
 import time
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ PAPER_ROWS = {'one2one': dict(n=300), 'branch': dict(n=300, T=1500, K=6, weight=
               'epoch': dict(n=1800, K=10, rho=2 / 3), 'layer': dict(n=1800, K=10, L1=4),
               'group': dict(n=300, G=11), 'one2many': dict(n=1800, K=6)}
 TINY_ROWS = {'one2one': dict(n=50), 'branch': dict(n=50, T=150, K=6, weight=1.0),
-             'epoch': dict(n=200, K=6, rho=2 / 3), 'layer': dict(n=200, K=6, L1=2),
+             'epoch': dict(n=200, K=10, rho=2 / 3), 'layer': dict(n=200, K=10, L1=2),
              'group': dict(n=50, G=4), 'one2many': dict(n=200, K=6)}
 ROW_NUMBERS = ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G')
 
@@ -57,7 +58,7 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--model', help='tiny, r50, or a ResNet or Swin of torchvision by name (default tiny)')
     group.add_argument('--overfit', type=int, metavar='N', help='train and evaluate on the first N training images')
     group = parser.add_argument_group("the scheme's numbers (defaults depend on scheme and model)")
-    group.add_argument('--n', type=int, help='queries of the first group, the detector')
+    group.add_argument('--queries', dest='n', type=int, help='n, queries of the first group, the detector')
     group.add_argument('--T', type=int, help='branch: queries of the one-to-many group; 0 is the baseline')
     group.add_argument('--K', type=int, help='branch, epoch, layer, one2many: copies of each ground truth')
     group.add_argument('--weight', type=float, help='branch: lambda, loss weight of the one-to-many group')
@@ -95,10 +96,14 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--out', help='folder of the run (default runs/SCHEME, numbered if it is taken)')
     group.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, settings unchanged')
     group.add_argument('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
-    group.add_argument('--eval-every', type=float, help='epochs between evaluations (default a fifth of the run, or 1)')
+    group.add_argument('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
     group.add_argument('--workers', type=int, help='processes that load images (default 2)')
-    group.add_argument('--device', help='cuda or cpu (default cuda if there is one)')
+    group.add_argument('--device', choices=('cuda', 'cpu'), help='default cuda if there is one')
     return vars(parser.parse_args(argv))
+
+
+def flag(name: str) -> str:
+    return '--queries' if name == 'n' else '--' + name.replace('_', '-')
 
 
 def complete(given: dict) -> dict:
@@ -109,7 +114,8 @@ def complete(given: dict) -> dict:
         raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)}')
     for name in ROW_NUMBERS:
         if name in given and name not in rows[scheme]:
-            raise UserError(f'--{name} {given[name]}: scheme {scheme} has only the numbers {", ".join(rows[scheme])}')
+            known = ', '.join(map(flag, rows[scheme]))
+            raise UserError(f'{flag(name)} {given[name]}: scheme {scheme} only has {known}')
     photos = TINY_PHOTOS if tiny and given.get('data', COMMON['data']) != 'shapes' else {}
     settings = {'selection': 'heads' if scheme == 'group' else 'ranks',
                 **COMMON, **(TINY if tiny else PAPER), **photos, **rows[scheme], **given}
@@ -118,14 +124,14 @@ def complete(given: dict) -> dict:
     if 'epochs' in given:
         settings.pop('steps', None)
     for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
-                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0).items():
-        if settings.get(name, least) < least:
-            raise UserError(f'--{name.replace("_", "-")} {settings[name]}: must be at least {least}')
+                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0).items():
+        if not settings.get(name, least) >= least:   # so that nan fails, too
+            raise UserError(f'{flag(name)} {settings[name]}: must be at least {least}')
     for name in ('epochs', 'eval_every', 'clip'):
         if settings.get(name) is not None and not settings[name] > 0:
-            raise UserError(f'--{name.replace("_", "-")} {settings[name]}: must be above 0')
+            raise UserError(f'{flag(name)} {settings[name]}: must be above 0')
     for name in ('rho', 'dropout', 'warmup'):
-        if settings.get(name, 0) > 1:
+        if not settings.get(name, 0) <= 1:
             raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
     layers = (TINY_MODEL if tiny else PAPER_MODEL)['decoder_layers']
     if settings.get('L1', 0) > layers:
@@ -173,32 +179,31 @@ def build_model(settings: dict, num_classes: int) -> HybridDETR:
         model = HybridDETR(**architecture(settings, num_classes))
     except ValueError as error:
         raise UserError(f'--model {settings["model"]}: {error}') from None
-    if settings['pretrained'] and settings['model'] != 'tiny':
+    loaded = load_what_fits(model, settings['init']) if settings['init'] else set()
+    if settings['pretrained'] and not any(name.startswith('backbone.') for name in loaded):
         try:
             model.backbone.load_imagenet()
-        except (URLError, OSError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:   # no network, no disk, or half a file
             raise UserError(f'cannot download the ImageNet weights of {settings["model"]} ({error}): connect to the '
                             'internet once, or train from scratch with --no-pretrained') from None
-    if settings['init']:
-        load_what_fits(model, settings['init'])
     return model
 
 
-def load_what_fits(model: HybridDETR, path: str) -> None:
-    """Load the weights of a checkpoint, own or official, that fit by name and shape; say which do not."""
-    checkpoint = evaluation.read_checkpoint(path)
+def load_what_fits(model: HybridDETR, path: str) -> set[str]:
+    """Load the entries of a checkpoint, own or official, that fit by name and shape; print the others; -> names."""
+    checkpoint, ours = evaluation.read_checkpoint(path), model.state_dict()
     state = checkpoint['model']
     if evaluation.is_official(checkpoint):
         layers = len({name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')})
-        state = {official_name(name, layers) or name: value for name, value in state.items()}
-    ours = model.state_dict()
+        names = {name: official_name(name, layers) for name in ours if not re.match(r'encoder_\w+_heads\.[1-9]', name)}
+        state = {name: state[official] for name, official in names.items() if official in state}
     fits = {name: value for name, value in state.items() if name in ours and value.shape == ours[name].shape}
     model.load_state_dict({**ours, **fits})
-    print(f'{path}: {len(fits)} of {len(ours)} entries loaded')
-    for name in [name for name in ours if name not in fits]:
-        print(f'  not in the file, or of another shape: {name} {tuple(ours[name].shape)}')
-    for name in [name for name in state if name not in ours]:
-        print(f'  in the file, but not in this model: {name} {tuple(state[name].shape)}')
+    print(f'{path}: {len(fits)} of the {len(ours)} entries of this model loaded; the others start anew:')
+    others = [f'  {name} {tuple(value.shape)}, in the file {tuple(state[name].shape) if name in state else "missing"}'
+              for name, value in ours.items() if name not in fits]
+    print('\n'.join(others[:12] + [f'  ... and {len(others) - 12} more'] * (len(others) > 12)) or '  none')
+    return set(fits)
 
 
 def parameter_groups(model: HybridDETR, settings: dict) -> list[dict]:
@@ -206,7 +211,7 @@ def parameter_groups(model: HybridDETR, settings: dict) -> list[dict]:
     slow, normal = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_slow = 'sampling_offsets' in name or (name.startswith('backbone') and settings['model'] != 'tiny')
+            is_slow = 'sampling_offsets' in name or (name.startswith('backbone') and settings['pretrained'])
             (slow if is_slow else normal).append(parameter)
     lr = settings['lr']
     return [{'params': normal, 'lr': lr, 'base_lr': lr}, {'params': slow, 'lr': lr / 10, 'base_lr': lr / 10}]
@@ -222,13 +227,21 @@ def lr_factor(settings: dict, progress: float) -> float:
 
 
 def new_folder(settings: dict) -> Path:
-    """The run's folder, not yet there: --out, or runs/SCHEME, runs/SCHEME-2, ... Raises UserError if --out is taken."""
-    if 'out' in settings:
-        if Path(settings['out']).exists():
-            raise UserError(f'--out {settings["out"]} exists: go on with --resume {settings["out"]}, or name another')
-        return Path(settings['out'])
-    taken = Path('runs') / settings['scheme']
-    return next(path for i in range(1, 10_000) if not (path := taken if i == 1 else Path(f'{taken}-{i}')).exists())
+    """The run's folder: --out, or the first of runs/SCHEME, runs/SCHEME-2, ... that holds no checkpoint.
+
+    Raises UserError if --out holds one, or cannot be a folder."""
+    def free(path: Path) -> bool:
+        return not (path / 'checkpoint.pt').exists()
+
+    if 'out' not in settings:
+        base = Path('runs') / settings['scheme']
+        return next(path for i in range(1, 10_000) if free(path := base if i == 1 else Path(f'{base}-{i}')))
+    out = Path(settings['out'])
+    if any(path.is_file() for path in (out, *out.parents)):
+        raise UserError(f'--out {out}: there is a file in the way')
+    if not free(out):
+        raise UserError(f'--out {out} holds a run: go on with --resume {out}, or name another folder')
+    return out
 
 
 def save(path: Path, content: dict) -> None:
@@ -239,17 +252,17 @@ def save(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
-def matching_stats(outputs, matches, iou, n: int) -> torch.Tensor:
+def matching_stats(outputs, matches, labels, iou, n: int) -> torch.Tensor:
     """What the matching did with the detector, the n queries of the first group, in the last layer: sum of the IoU of
-    its pairs, sum of their scores, their number, and the mean score of an image's best unmatched query; and P. Without
-    boolean indexing, which would wait for the GPU."""
-    scores = outputs.pred_logits[-1].detach().sigmoid().amax(-1)                                        # (B, N)
+    its pairs, sum of their scores for the matched class, their number; the best score of an unmatched query, mean over
+    the images; and P, all groups and layers. Without boolean indexing, which would wait for the GPU."""
+    scores = outputs.pred_logits[-1].detach().sigmoid()                                                 # (B, N, C)
     final = (matches.layer == len(outputs.pred_logits) - 1) & (matches.query < n)                       # (P,)
-    matched = torch.zeros_like(scores).index_put((matches.image, matches.query), final.to(scores), accumulate=True)
-    scores, matched = scores[:, :n], matched[:, :n]
-    best_unmatched = (scores * (1 - matched)).amax(1).mean()
-    return torch.stack([(iou * final).sum(), (scores * matched).sum(), matched.sum(), best_unmatched,
-                        scores.new_tensor(len(iou))])
+    of_pairs = scores[matches.image, matches.query, labels[matches.gt]] * final
+    matched = torch.zeros_like(scores[..., 0])                                                          # (B, N)
+    matched = matched.index_put((matches.image, matches.query), final.to(scores), accumulate=True)
+    best_unmatched = (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean()
+    return torch.stack([(iou * final).sum(), of_pairs.sum(), final.sum(), best_unmatched, scores.new_tensor(len(iou))])
 
 
 # --- The loop -------------------------------------------------------------------------------------------------------
@@ -259,16 +272,18 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device(given.pop('device', 'cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and not torch.cuda.is_available():
-        raise UserError(f'--device {device}: torch finds no CUDA device here')
+        raise UserError('--device cuda: torch finds no CUDA device here')
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     workers, resume, checkpoint = given.pop('workers', 2), given.pop('resume', None), None
     if resume:
         folder, checkpoint = Path(resume), evaluation.read_checkpoint(str(Path(resume) / 'checkpoint.pt'))
+        if evaluation.is_official(checkpoint):
+            raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
         settings = checkpoint['settings']
         for name, value in given.items():
             if settings.get(name) != value:
-                raise UserError(f'--{name.replace("_", "-")} {value}: the run in {folder} has {settings.get(name)}, '
+                raise UserError(f'{flag(name)} {value}: the run in {folder} has {settings.get(name)}, '
                                 'and a resumed run keeps its settings; start a new one with --init instead')
     else:
         settings = complete(given)
@@ -288,7 +303,6 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-        torch.set_rng_state(checkpoint['rng'])
         start = checkpoint['step']
     trained = model
     if world > 1:
@@ -298,8 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = min(settings['batch_size'], len(train_set))
     steps_per_epoch = max(1, len(train_set) // (batch_size * world))
     steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
-    eval_every = max(1, round(settings['eval_every'] * steps_per_epoch) if settings['eval_every'] else
-                     max(steps_per_epoch, steps // 5))
+    eval_every = max(1, round(settings['eval_every'] * steps_per_epoch) if settings['eval_every'] else steps // 3)
     save_every = max(steps_per_epoch, steps // 20)   # once an epoch, or twenty times if epochs are short
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
     layers = len(model.decoder)
@@ -310,10 +323,14 @@ def main(argv: list[str] | None = None) -> None:
             print(f'  group {i}: {group.queries} queries, copies of a ground truth per layer {group.copies}, '
                   f'weight {group.weight:.3g}')
         print(f'  positives of a ground truth in the whole training: '
-              f'{expected_positives(settings["scheme"], layers, steps / steps_per_epoch, **row_of(settings)):.0f}')
-        if checkpoint:   # what was logged after the checkpoint happens again
-            kept = [line for line in metrics_file.read_text().splitlines() if json.loads(line)['step'] <= start]
+              f'{expected_positives(settings["scheme"], layers, steps / steps_per_epoch, **row_of(settings)):.3g}')
+        # What was logged after the checkpoint happens again; the last line of a killed run may be torn.
+        lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
+        if lines:
+            kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= start and checkpoint]
             metrics_file.write_text(''.join(line + '\n' for line in kept))
+        if start >= steps:
+            print('  this run is at its end: nothing is left to train')
 
     def log(record: dict) -> None:
         if rank == 0:
@@ -330,9 +347,14 @@ def main(argv: list[str] | None = None) -> None:
         progress = step / steps
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
+        # Dropout follows from the seed, the step and the process, so that no random state has to be saved.
+        torch.manual_seed((settings['seed'] * steps + step) * world + rank)
         batch = next(loader).to(device)
 
-        outputs = trained(batch.images, batch.padding_mask)
+        try:
+            outputs = trained(batch.images, batch.padding_mask)
+        except ValueError as error:
+            raise UserError(f'step {step}, {batch.names[0]}: {error}') from None
         groups = query_groups(settings['scheme'], layers, progress, **row_of(settings))
         heads = len(model.encoder_class_heads)
         proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
@@ -353,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
 
-        stats = matching_stats(outputs, matches, iou, model.groups[0])
+        stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups[0])
         recent.append(torch.cat([torch.stack([part.detach() for part in parts.values()]), stats]))
         done = step + 1
         if done % 50 == 0 or done % eval_every == 0 or done == steps:
@@ -369,6 +391,11 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
                                 '{images_per_second:.0f} images/s'.format(**record))
             recent, since = [], time.perf_counter()
+        if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps):   # first, whatever comes
+            save(checkpoint_file, {
+                'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                'step': done, 'settings': settings, 'categories': categories,
+                'architecture': architecture(settings, len(categories['ids']))})
         if done % eval_every == 0 or done == steps:
             rows = evaluation.detect(model, val_set, categories['ids'], batch_size=batch_size, workers=workers)
             if rank == 0:
@@ -379,17 +406,12 @@ def main(argv: list[str] | None = None) -> None:
                           'IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched {best_unmatched_score:.2f}'
                           .format(**{**record, **metrics}))
             since = time.perf_counter()
-        if rank == 0 and (done % save_every == 0 or done == steps):
-            save(checkpoint_file, {
-                'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state(),
-                'step': done, 'settings': settings, 'categories': categories,
-                'architecture': architecture(settings, len(categories['ids']))})
 
     if rank == 0:
-        picture = folder / 'predictions.png'
+        picture, split = folder / 'predictions.png', ' --split train' if settings['overfit'] else ''
         evaluation.draw_predictions(model, val_set, categories['ids'], picture)
         print(f'checkpoint: {checkpoint_file}\npicture:    {picture}\n'
-              f'look:       python eval.py --weights {checkpoint_file} --pictures 8')
+              f'look:       python eval.py --weights {checkpoint_file} --pictures 8{split}')
     if world > 1:
         dist.destroy_process_group()
 
