@@ -268,7 +268,10 @@ def main(argv: list[str] | None = None) -> None:
     if name is None:
         raise UserError('an official checkpoint does not say on what to evaluate: add --data COCO')
     size = args.image_size or settings.get('image_size', 800)
-    dataset = open_dataset(name, args.split, size, seed=settings.get('seed', 0))
+    dataset = open_dataset(name, 'train' if settings.get('overfit') and not args.data else args.split, size,
+                           seed=settings.get('seed', 0))
+    if settings.get('overfit') and not args.data:   # its own data are the few images it was trained on
+        dataset = FirstImages(dataset, settings['overfit'])
     model.to(args.device)
     ids = ids_for(categories, dataset, model.class_heads[0].out_features)
     batch_size = args.batch_size or settings.get('batch_size', 2)

@@ -151,7 +151,7 @@ def proposals(where: Geometry) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    return torch.logit(x, eps=1e-5)
+    return torch.logit(x, eps=1e-5)   # the official code's clamp: a box at the very border stays finite
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------
@@ -220,9 +220,9 @@ class DeformableAttention(nn.Module):
 class GroupSelfAttention(nn.Module):
     """Multi-head self-attention inside each group of the query row, and never across (Group DETR Eq. 5).
 
-    The papers put all queries into one attention and mask the (N,N) matrix (H-DETR §3.2.1). Here groups of one size
-    are folded into the batch, others attend one after the other: the same numbers, no mask, and the cost is the sum
-    of n^2 instead of N^2.
+    H-DETR puts all queries into one attention and masks the (N,N) matrix (§3.2.1). Group DETR folds its equal groups
+    into the batch (Alg. 1), as is done here; groups of different size attend one after the other. The same numbers
+    without a mask, at the cost of the sum of n^2 instead of N^2.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
@@ -427,7 +427,8 @@ class HybridDETR(nn.Module):
         'ranks': one head, whose ranks 1, 2, 3, ... fill the row. The first group gets the best proposals, the others
         what is left; H-DETR App. D finds here why K=1 is worse than the baseline: ranks 301-600 are badly placed.
         'heads': each group takes the best of a head of its own, and starts as well as the first (Group DETR A.2).
-        'distinct': the same without the tokens that an earlier group has taken (H-DETR App. D, for K=1).
+        'distinct': the same without the tokens that an earlier group has taken (H-DETR App. D, for K=1; the paper has
+        separate classification heads only, here a group's head is a pair of class and box head as in Group DETR).
         """
         scores = logits[..., 0]                                                                         # (E, B, S)
         wanted = sum(sizes) if self.selection != 'heads' else max(sizes)
@@ -492,8 +493,8 @@ OFFICIAL_NAMES = [   # (name here as a regular expression, official name); the f
 ]
 
 
-def official_name(name: str, decoder_layers: int) -> str:
-    """The official name of an entry of this model's state dict. Raises KeyError for an entry it does not have there.
+def official_name(name: str, decoder_layers: int) -> str | None:
+    """The official name of an entry of this model's state dict; None for one the official model does not have.
 
     The official encoder's heads are those behind the decoder's last; so only one pair of encoder heads has a name.
     """
@@ -501,7 +502,7 @@ def official_name(name: str, decoder_layers: int) -> str:
     for pattern, official in OFFICIAL_NAMES:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, official, name)
-    raise KeyError(name)
+    return None
 
 
 def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 1500),

@@ -1,15 +1,17 @@
 """What an assignment costs: the classification and box losses, and who divides them by what.
 
 Letters as in matchers.py: B images, L decoder layers, N queries, C classes, P matched pairs, M boxes of an image, K
-copies, G groups. Let n_box be the number of ground truth boxes of the batch (averaged over the processes, at least 1).
+copies, G groups. Let n_box be the number of ground truth boxes of the batch (averaged over the processes; a
+divisor below 1 counts as 1).
 
     what                 divisor in the official code                                   here
     one-to-one           n_box                                                          n_box
     one-to-many, K       K * n_box: the repeated boxes are counted (H-DETR's code;      K * n_box
                          Eq. 2 does not say)
     G groups             G * n_box, i.e. the mean over groups of Group DETR Eq. 7       n_box, weight 1/G
-    encoder proposals    n_box, labels all 0 (H-DETR's code; Group DETR's has the       as the group of the head;
-                         full labels)                                                   labels all 0
+    encoder, one head    n_box, labels all 0 (H-DETR's code)                            n_box, labels all 0
+    encoder, a head for  G * n_box, full labels (code of two-stage Group DETR)          copies of the head * n_box, and
+    each group                                                                          the group's weight; labels all 0
     background           the same divisor as its group: unmatched queries learn "nothing here", and only that
 
 This file needs torch and torchvision only, and can be copied alone.

@@ -32,7 +32,7 @@ it, `--picture FILE` draws it). A letter is the ground truth that query 0..5 has
     q5      5  9      one2many  n=6 K=2         6            A B B A . .            A B B A . .
 
 `epoch` changes with the time and `layer` with the depth, `branch` and `group` never: their extra positives live in
-queries of their own. `group` must use q4 and q5, bad as they are, since its groups do not compete with one another.
+queries of their own. There q4 and q5 are positives, bad as they are, since groups do not compete with one another.
 
 Papers: H-DETR = "DETRs with Hybrid Matching"; Group DETR = "Group DETR: Fast DETR Training with Group-Wise
 One-to-Many Assignment". This file needs torch, scipy and torchvision only, and can be copied alone.
@@ -180,7 +180,7 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     rows are cut. The encoder is matched with every label 0: it only ranks "object or not" (official code of H-DETR).
     The GPU is waited for once: all costs cross to the CPU in one transfer. The official code crosses once for each
     of the 6 + 6 layers of both branches and the encoder.
-    Raises FloatingPointError, with the part, image and layer, if a prediction or cost is not finite.
+    Raises FloatingPointError, with the part, image and layer, if a logit or a cost is not finite.
     """
     images = range(len(gt_boxes))
     costs = [matching_cost(pred_logits[:, b], pred_boxes[:, b], gt_labels[b], gt_boxes[b]) for b in images]
@@ -192,7 +192,9 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     *on_cpu, sums = [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in on_gpu]), on_gpu)]
     for b in images:
         of_layers = torch.cat([on_cpu[b].flatten(1).sum(1), on_cpu[len(images) + b].flatten(1).sum(1)])   # (L+1,)
-        for layer in (~(of_layers + sums[:, b]).isfinite()).nonzero().flatten().tolist():
+        broken = (~(of_layers + sums[:, b]).isfinite()).nonzero()
+        if len(broken):
+            layer = int(broken[0])
             where = 'the encoder' if layer == len(pred_logits) else f'decoder layer {layer}'
             raise FloatingPointError(f'the predictions of {where} are not finite for image {b} of the batch')
     decoder, encoder = assign(on_cpu[:len(images)], groups), assign(on_cpu[len(images):], proposal_groups)

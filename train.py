@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import re
 import time
 from http.client import HTTPException
 from pathlib import Path
@@ -179,31 +178,34 @@ def build_model(settings: dict, num_classes: int) -> HybridDETR:
         model = HybridDETR(**architecture(settings, num_classes))
     except ValueError as error:
         raise UserError(f'--model {settings["model"]}: {error}') from None
-    loaded = load_what_fits(model, settings['init']) if settings['init'] else set()
-    if settings['pretrained'] and not any(name.startswith('backbone.') for name in loaded):
+    given = what_fits(model, settings['init']) if settings['init'] else {}
+    backbone = {name for name in model.state_dict() if name.startswith('backbone.')}
+    if settings['pretrained'] and not backbone <= given.keys():
         try:
             model.backbone.load_imagenet()
         except (OSError, RuntimeError, HTTPException) as error:   # no network, no disk, or half a file
             raise UserError(f'cannot download the ImageNet weights of {settings["model"]} ({error}): connect to the '
                             'internet once, or train from scratch with --no-pretrained') from None
+    model.load_state_dict({**model.state_dict(), **given})
     return model
 
 
-def load_what_fits(model: HybridDETR, path: str) -> set[str]:
-    """Load the entries of a checkpoint, own or official, that fit by name and shape; print the others; -> names."""
+def what_fits(model: HybridDETR, path: str) -> dict[str, torch.Tensor]:
+    """The entries of a checkpoint, own or official, that fit the model by name and shape; prints those that do not."""
     checkpoint, ours = evaluation.read_checkpoint(path), model.state_dict()
     state = checkpoint['model']
     if evaluation.is_official(checkpoint):
         layers = len({name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')})
-        names = {name: official_name(name, layers) for name in ours if not re.match(r'encoder_\w+_heads\.[1-9]', name)}
-        state = {name: state[official] for name, official in names.items() if official in state}
+        ours_of = {official_name(name, layers): name for name in ours}
+        aliases = ('transformer.decoder.class_embed', 'transformer.decoder.bbox_embed')
+        state = {ours_of.get(name, name): value for name, value in state.items() if not name.startswith(aliases)}
     fits = {name: value for name, value in state.items() if name in ours and value.shape == ours[name].shape}
-    model.load_state_dict({**ours, **fits})
-    print(f'{path}: {len(fits)} of the {len(ours)} entries of this model loaded; the others start anew:')
+    print(f'{path}: {len(fits)} of the {len(ours)} entries of this model are taken from it, {len(state) - len(fits)} '
+          'of its entries are not used; these start anew:')
     others = [f'  {name} {tuple(value.shape)}, in the file {tuple(state[name].shape) if name in state else "missing"}'
               for name, value in ours.items() if name not in fits]
     print('\n'.join(others[:12] + [f'  ... and {len(others) - 12} more'] * (len(others) > 12)) or '  none')
-    return set(fits)
+    return fits
 
 
 def parameter_groups(model: HybridDETR, settings: dict) -> list[dict]:
@@ -244,6 +246,35 @@ def new_folder(settings: dict) -> Path:
     return out
 
 
+def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
+    """-> settings, folder, and the checkpoint of a resumed run. Raises UserError if a resumed run's settings differ."""
+    resume = given.pop('resume', None)
+    if not resume:
+        settings = complete(given)
+        return settings, new_folder(settings), None
+    folder, checkpoint = Path(resume), evaluation.read_checkpoint(str(Path(resume) / 'checkpoint.pt'))
+    if evaluation.is_official(checkpoint):
+        raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
+    settings = checkpoint['settings']
+    for name, value in given.items():
+        if settings.get(name) != value:
+            raise UserError(f'{flag(name)} {value}: the run in {folder} has {settings.get(name)}, and a resumed run '
+                            'keeps its settings; start a new one with --init instead')
+    return settings, folder, checkpoint
+
+
+def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
+    """Print the scheme's row of the table, and what it promises."""
+    scheme, row = settings['scheme'], row_of(settings)
+    groups = query_groups(scheme, layers, **row)
+    print(f'  scheme {scheme}: ' + ', '.join(f'{flag(name)[2:]} {value:.3g}' for name, value in row.items()))
+    for group in dict.fromkeys(groups):   # equal groups once
+        print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
+              f'{group.copies}, weight {group.weight:.3g}')
+    each, whole = (expected_positives(scheme, layers, n, **row) for n in (1, epochs))
+    print(f'  positives of a ground truth: {each:.3g} an epoch, {whole:.3g} in the whole training')
+
+
 def save(path: Path, content: dict) -> None:
     """Write beside, then rename: whoever reads `path` finds the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +293,8 @@ def matching_stats(outputs, matches, labels, iou, n: int) -> torch.Tensor:
     matched = torch.zeros_like(scores[..., 0])                                                          # (B, N)
     matched = matched.index_put((matches.image, matches.query), final.to(scores), accumulate=True)
     best_unmatched = (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean()
-    return torch.stack([(iou * final).sum(), of_pairs.sum(), final.sum(), best_unmatched, scores.new_tensor(len(iou))])
+    pairs = torch.full_like(best_unmatched, len(iou))
+    return torch.stack([(iou * final).sum(), of_pairs.sum(), final.sum(), best_unmatched, pairs])
 
 
 # --- The loop -------------------------------------------------------------------------------------------------------
@@ -275,19 +307,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError('--device cuda: torch finds no CUDA device here')
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    workers, resume, checkpoint = given.pop('workers', 2), given.pop('resume', None), None
-    if resume:
-        folder, checkpoint = Path(resume), evaluation.read_checkpoint(str(Path(resume) / 'checkpoint.pt'))
-        if evaluation.is_official(checkpoint):
-            raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
-        settings = checkpoint['settings']
-        for name, value in given.items():
-            if settings.get(name) != value:
-                raise UserError(f'{flag(name)} {value}: the run in {folder} has {settings.get(name)}, '
-                                'and a resumed run keeps its settings; start a new one with --init instead')
-    else:
-        settings = complete(given)
-        folder = new_folder(settings)
+        torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
+    workers = given.pop('workers', 2)
+    settings, folder, checkpoint = new_or_resumed(given)
     torch.manual_seed(settings['seed'])
 
     train_set, val_set = open_data(settings)
@@ -312,31 +334,42 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = min(settings['batch_size'], len(train_set))
     steps_per_epoch = max(1, len(train_set) // (batch_size * world))
     steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
-    eval_every = max(1, round(settings['eval_every'] * steps_per_epoch) if settings['eval_every'] else steps // 3)
+    eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
     save_every = max(steps_per_epoch, steps // 20)   # once an epoch, or twenty times if epochs are short
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
     layers = len(model.decoder)
     if rank == 0:
-        print(f'{folder}: {settings["scheme"]} on {settings["data"]}, {steps} steps of {batch_size * world} images on '
-              f'{device}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
-        for i, group in enumerate(query_groups(settings['scheme'], layers, **row_of(settings))):
-            print(f'  group {i}: {group.queries} queries, copies of a ground truth per layer {group.copies}, '
-                  f'weight {group.weight:.3g}')
-        print(f'  positives of a ground truth in the whole training: '
-              f'{expected_positives(settings["scheme"], layers, steps / steps_per_epoch, **row_of(settings)):.3g}')
-        # What was logged after the checkpoint happens again; the last line of a killed run may be torn.
-        lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
-        if lines:
-            kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= start and checkpoint]
-            metrics_file.write_text(''.join(line + '\n' for line in kept))
+        print(f'{folder}: steps {start} to {steps} of {batch_size * world} images on {device}, '
+              f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
+        describe_scheme(settings, layers, epochs=steps / steps_per_epoch)
         if start >= steps:
             print('  this run is at its end: nothing is left to train')
+    # What was logged after the checkpoint happens again, and the last line of a killed run may be torn.
+    lines = metrics_file.read_text().splitlines() if checkpoint and metrics_file.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith('}')]
+    records = [record for record in records if record['step'] <= start]
+    if rank == 0 and records:
+        metrics_file.write_text(''.join(json.dumps(record) + '\n' for record in records))
 
     def log(record: dict) -> None:
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)   # only now: a run that fails at its start leaves nothing behind
-            with metrics_file.open('a') as file:
+        if rank == 0:   # the folder is only made now: a run that fails at its start leaves nothing behind
+            folder.mkdir(parents=True, exist_ok=True)
+            with metrics_file.open('a' if records else 'w') as file:
                 file.write(json.dumps(record) + '\n')
+            records.append(record)
+
+    def evaluate(done: int, told: str = '') -> None:
+        rows = evaluation.detect(model, val_set, categories['ids'], batch_size=batch_size, workers=workers)
+        if rank == 0:
+            metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
+            metrics['duplicates'] = evaluation.duplicate_rate(rows)
+            log({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
+            tqdm.write('step {}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates{}'
+                       .format(done, told, **metrics))
+
+    due = start > 0 and (start % eval_every == 0 or start == steps)
+    if due and not any(record['step'] == start and 'AP' in record for record in records):
+        evaluate(start)   # the run was stopped after this checkpoint, before its evaluation
 
     loader = iter(train_loader(train_set, batch_size, steps, workers, settings['seed'], start, rank, world,
                                pin=device.type == 'cuda'))
@@ -397,21 +430,15 @@ def main(argv: list[str] | None = None) -> None:
                 'step': done, 'settings': settings, 'categories': categories,
                 'architecture': architecture(settings, len(categories['ids']))})
         if done % eval_every == 0 or done == steps:
-            rows = evaluation.detect(model, val_set, categories['ids'], batch_size=batch_size, workers=workers)
-            if rank == 0:
-                metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
-                metrics['duplicates'] = evaluation.duplicate_rate(rows)
-                log({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
-                bar.write('step {step}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates; in training matched '
-                          'IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched {best_unmatched_score:.2f}'
-                          .format(**{**record, **metrics}))
+            evaluate(done, '; in training matched IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched '
+                           '{best_unmatched_score:.2f}'.format(**record))
             since = time.perf_counter()
 
     if rank == 0:
-        picture, split = folder / 'predictions.png', ' --split train' if settings['overfit'] else ''
+        picture = folder / 'predictions.png'
         evaluation.draw_predictions(model, val_set, categories['ids'], picture)
         print(f'checkpoint: {checkpoint_file}\npicture:    {picture}\n'
-              f'look:       python eval.py --weights {checkpoint_file} --pictures 8{split}')
+              f'look:       python eval.py --weights {checkpoint_file} --pictures 8')
     if world > 1:
         dist.destroy_process_group()
 
