@@ -234,6 +234,7 @@ def train_transforms(size: int, vertical_flip: bool = False):
     flips = [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if vertical_flip else [])]
     return v2.Compose([*flips, *([v2.RandomPhotometricDistort()] if small else []),
                        v2.RandomChoice([resize, v2.Compose([shrink, RandomSizeCrop(part(384), part(600)), resize])]),
+                       v2.ClampBoundingBoxes(),   # a box on the border may end 1e-5 outside, and would be removed
                        v2.SanitizeBoundingBoxes(min_size=1)])
 
 

@@ -231,7 +231,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--weights', required=True, help='checkpoint of train.py or of HDETR/H-Deformable-DETR')
     parser.add_argument('--data', help="'shapes' or a folder in the COCO layout (default what it was trained on)")
-    parser.add_argument('--split', choices=('val', 'train'), default='val', help='part of the data (default val)')
+    parser.add_argument('--split', choices=('val', 'train'),
+                        help='part of the data (default val; of an --overfit run the images it was trained on)')
     parser.add_argument('--image-size', type=int, help='short side of the resized images (default as in training)')
     parser.add_argument('--batch-size', type=int,
                         help='images at a time (default as in training, official 2); their padding enters the '
@@ -268,10 +269,11 @@ def main(argv: list[str] | None = None) -> None:
     if name is None:
         raise UserError('an official checkpoint does not say on what to evaluate: add --data COCO')
     size = args.image_size or settings.get('image_size', 800)
-    dataset = open_dataset(name, 'train' if settings.get('overfit') and not args.data else args.split, size,
-                           seed=settings.get('seed', 0))
-    if settings.get('overfit') and not args.data:   # its own data are the few images it was trained on
+    few = settings.get('overfit') and not args.data and not args.split   # trained on a few images: its own data
+    dataset = open_dataset(name, 'train' if few else args.split or 'val', size, seed=settings.get('seed', 0))
+    if few:
         dataset = FirstImages(dataset, settings['overfit'])
+        print(f'the {len(dataset)} images it was trained on:')
     model.to(args.device)
     ids = ids_for(categories, dataset, model.class_heads[0].out_features)
     batch_size = args.batch_size or settings.get('batch_size', 2)

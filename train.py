@@ -179,8 +179,7 @@ def build_model(settings: dict, num_classes: int) -> HybridDETR:
     except ValueError as error:
         raise UserError(f'--model {settings["model"]}: {error}') from None
     given = what_fits(model, settings['init']) if settings['init'] else {}
-    backbone = {name for name in model.state_dict() if name.startswith('backbone.')}
-    if settings['pretrained'] and not backbone <= given.keys():
+    if settings['pretrained'] and not any(name.startswith('backbone.') for name in given):
         try:
             model.backbone.load_imagenet()
         except (OSError, RuntimeError, HTTPException) as error:   # no network, no disk, or half a file
@@ -191,7 +190,10 @@ def build_model(settings: dict, num_classes: int) -> HybridDETR:
 
 
 def what_fits(model: HybridDETR, path: str) -> dict[str, torch.Tensor]:
-    """The entries of a checkpoint, own or official, that fit the model by name and shape; prints those that do not."""
+    """The entries of a checkpoint, own or official, that fit the model by name and shape; prints what does not.
+
+    The backbone fits as a whole or not at all: half of it would be a mixture of two networks.
+    """
     checkpoint, ours = evaluation.read_checkpoint(path), model.state_dict()
     state = checkpoint['model']
     if evaluation.is_official(checkpoint):
@@ -200,11 +202,14 @@ def what_fits(model: HybridDETR, path: str) -> dict[str, torch.Tensor]:
         aliases = ('transformer.decoder.class_embed', 'transformer.decoder.bbox_embed')
         state = {ours_of.get(name, name): value for name, value in state.items() if not name.startswith(aliases)}
     fits = {name: value for name, value in state.items() if name in ours and value.shape == ours[name].shape}
-    print(f'{path}: {len(fits)} of the {len(ours)} entries of this model are taken from it, {len(state) - len(fits)} '
-          'of its entries are not used; these start anew:')
-    others = [f'  {name} {tuple(value.shape)}, in the file {tuple(state[name].shape) if name in state else "missing"}'
-              for name, value in ours.items() if name not in fits]
-    print('\n'.join(others[:12] + [f'  ... and {len(others) - 12} more'] * (len(others) > 12)) or '  none')
+    backbones = [{name: value.shape for name, value in entries.items() if name.startswith('backbone.')}
+                 for entries in (ours, state)]
+    if backbones[0] != backbones[1]:
+        fits = {name: value for name, value in fits.items() if not name.startswith('backbone.')}
+    print(f'{path}: {len(fits)} of the {len(ours)} entries of this model are taken from it')
+    for entries, what in ((ours, 'not taken from it'), (state, 'in it, but not used')):
+        names = [f'{name} {tuple(value.shape)}' for name, value in entries.items() if name not in fits]
+        print(f'  {len(names)} {what}{": " * bool(names)}{", ".join(names[:8])}{", ..." * (len(names) > 8)}')
     return fits
 
 
@@ -335,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     steps_per_epoch = max(1, len(train_set) // (batch_size * world))
     steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
     eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
-    save_every = max(steps_per_epoch, steps // 20)   # once an epoch, or twenty times if epochs are short
+    save_every = max(steps_per_epoch, 50)   # once an epoch, but not all the time if an epoch is a few steps
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
     layers = len(model.decoder)
     if rank == 0:
@@ -344,12 +349,14 @@ def main(argv: list[str] | None = None) -> None:
         describe_scheme(settings, layers, epochs=steps / steps_per_epoch)
         if start >= steps:
             print('  this run is at its end: nothing is left to train')
-    # What was logged after the checkpoint happens again, and the last line of a killed run may be torn.
-    lines = metrics_file.read_text().splitlines() if checkpoint and metrics_file.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith('}')]
-    records = [record for record in records if record['step'] <= start]
-    if rank == 0 and records:
-        metrics_file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    records = []
+    if rank == 0 and checkpoint and metrics_file.exists():
+        # What was logged after the checkpoint happens again, and the last line of a killed run may be torn.
+        lines = [line for line in metrics_file.read_text().splitlines() if line.endswith('}')]
+        records = [record for record in map(json.loads, lines) if record['step'] <= start]
+        part = metrics_file.with_suffix('.part')
+        part.write_text(''.join(json.dumps(record) + '\n' for record in records))
+        os.replace(part, metrics_file)
 
     def log(record: dict) -> None:
         if rank == 0:   # the folder is only made now: a run that fails at its start leaves nothing behind
@@ -359,6 +366,9 @@ def main(argv: list[str] | None = None) -> None:
             records.append(record)
 
     def evaluate(done: int, told: str = '') -> None:
+        if world > 1:   # batch norm counts for itself in each process: all evaluate what will be saved
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
         rows = evaluation.detect(model, val_set, categories['ids'], batch_size=batch_size, workers=workers)
         if rank == 0:
             metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
@@ -368,7 +378,10 @@ def main(argv: list[str] | None = None) -> None:
                        .format(done, told, **metrics))
 
     due = start > 0 and (start % eval_every == 0 or start == steps)
-    if due and not any(record['step'] == start and 'AP' in record for record in records):
+    missed = [due and not any(record['step'] == start and 'AP' in record for record in records)]
+    if world > 1:
+        dist.broadcast_object_list(missed, 0)   # only the first process reads the file
+    if missed[0]:
         evaluate(start)   # the run was stopped after this checkpoint, before its evaluation
 
     loader = iter(train_loader(train_set, batch_size, steps, workers, settings['seed'], start, rank, world,
