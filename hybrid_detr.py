@@ -35,7 +35,10 @@ class Outputs(NamedTuple):
 # --- Backbones ------------------------------------------------------------------------------------------------------
 
 class TinyBackbone(nn.Sequential):
-    """Strides 8, 16, 32 from scratch: small enough to train on a laptop. (B,3,H,W) -> three maps."""
+    """Strides 8, 16, 32 from scratch: small enough to train on a laptop. (B,3,H,W) -> three maps.
+
+    Most of a small detector's time goes into the transformer, so the convolutions can afford residual blocks.
+    """
     channels = (128, 192, 256)
 
     def __init__(self):
@@ -84,6 +87,7 @@ class Backbone(nn.Module):
         nodes = ('features.3', 'features.5', 'features.7') if swin else ('layer2', 'layer3', 'layer4')
         self.body = create_feature_extractor(torchvision.models.get_model(name, weights=None, **norm), list(nodes))
         self.channels_last = swin
+        # Asking the network itself spares a table of widths for every ResNet and Swin there is.
         self.channels = tuple(m.shape[1] for m in copy.deepcopy(self).eval()(torch.zeros(1, 3, 64, 64)))
         if frozen:
             for parameter_name, parameter in self.body.named_parameters():
@@ -205,7 +209,8 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes, padding: Tensor) -> Tensor:
         """query (B,N,D), reference (B,N,V,2) or (B,N,V,4), tokens (B,S,D), padding (B,S) -> (B,N,D)."""
         B, N, _ = query.shape
-        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)   # after the projection: its bias too
+        # Padding is set to 0 after the projection, so that not even its bias is seen there.
+        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)
         offsets = self.sampling_offsets(query).view(B, N, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query).view(B, N, self.heads, -1).softmax(-1)   # over levels and points
         reference = reference[:, :, None, :, None]                                                # (B, N, 1, V, 1, .)
@@ -228,6 +233,7 @@ class GroupSelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
+        # Query, key and value in one matrix, as in nn.MultiheadAttention: Xavier's range depends on the shape.
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
@@ -252,6 +258,8 @@ class GroupSelfAttention(nn.Module):
 # --- Layers ---------------------------------------------------------------------------------------------------------
 
 class FeedForward(nn.Module):
+    """(B, ., D) -> the same shape; residual and norm included. All layers normalise after the sum ("post-norm")."""
+
     def __init__(self, width: int, ffn: int, dropout: float):
         super().__init__()
         self.linear1, self.linear2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
@@ -341,7 +349,11 @@ class HybridDETR(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the official code: Xavier for all matrices of the transformer; heads say "score 0.01, box unmoved"."""
+        """As the official code: Xavier for all matrices of the transformer; heads say "score 0.01, box unmoved".
+
+        Score 0.01, since nearly all queries are background: otherwise their loss would drown everything at the start.
+        Box unmoved, so that the first predictions are the proposals themselves.
+        """
         for module in (self.encoder, self.decoder, self.proposal_proj, self.position_proj):
             for parameter in module.parameters():
                 if parameter.dim() > 1:
@@ -377,13 +389,14 @@ class HybridDETR(nn.Module):
         """
         if group is None and not self.training:
             group = 0
+        # The image: backbone and encoder.
         tokens, shapes = self.pyramid(images)                                                           # (B, S, D)
         where = geometry(padding_mask, shapes, self.level_embed)
         reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
         for layer in self.encoder:
             tokens = layer(tokens, where.position, reference, shapes, where.padding)
 
-        # What a later group may choose depends on the earlier ones, so their proposals are always made.
+        # The queries: first stage. What a later group may choose depends on the earlier ones, so all up to it propose.
         sizes = self.groups if group is None else self.groups[:group + 1]
         encoder_logits, encoder_boxes_unact = self.propose(tokens, where, heads=len(sizes))
         boxes, first = self.select(encoder_logits, encoder_boxes_unact, sizes), 0
@@ -393,6 +406,7 @@ class HybridDETR(nn.Module):
         position, content = self.position_proj(sine_code(boxes, tokens.shape[-1] // 2)).chunk(2, -1)    # (B, N, D) each
         if self.query_content is not None:   # mixed query selection: position from the image, content learned
             content = self.query_content[first:first + sum(sizes)].expand(len(boxes), -1, -1)
+        # The predictions: second stage.
         if not self.separate_attention:
             sizes = (sum(sizes),)
         pred_logits, pred_boxes = self.decode(boxes, content, position, sizes, tokens, where)
@@ -412,6 +426,7 @@ class HybridDETR(nn.Module):
     def propose(self, tokens: Tensor, where: Geometry, heads: int) -> tuple[Tensor, Tensor]:
         """Every token proposes a box (before the sigmoid) and a score: (B,S,D) -> (E,B,S,C), (E,B,S,4), E = heads.
 
+        All tokens propose, and learn to, before any is chosen: this is the encoder's own loss, which no scheme changes.
         Tokens that are ruled out have features 0 and box logits +inf: they share one score and the box (1,1,1,1), stay
         in the loss as background, and may even be chosen if nothing better is left (official code).
         """
@@ -424,6 +439,8 @@ class HybridDETR(nn.Module):
     def select(self, logits: Tensor, boxes_unact: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Two-stage: the tokens with the best scores become the queries: -> boxes (B,n,4) of each group, detached.
 
+        Detached, because the choice is no function that could learn: the decoder starts at these boxes, and they
+        themselves learn from the encoder's loss.
         'ranks': one head, whose ranks 1, 2, 3, ... fill the row. The first group gets the best proposals, the others
         what is left; H-DETR App. D finds here why K=1 is worse than the baseline: ranks 301-600 are badly placed.
         'heads': each group takes the best of a head of its own, and starts as well as the first (Group DETR A.2).
@@ -447,7 +464,11 @@ class HybridDETR(nn.Module):
         return [boxes_unact[e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid() for e, top in chosen]
 
     def decode(self, boxes, content, position, groups, tokens, where) -> tuple[Tensor, Tensor]:
-        """Iterative refinement: each layer moves the boxes of the one before: -> (L,B,N,C), (L,B,N,4)."""
+        """Iterative refinement, box_l = sigmoid(shift_l + sigmoid^-1(box_(l-1))): -> (L,B,N,C), (L,B,N,4).
+
+        boxes (B,N,4), content and position (B,N,D), groups: sizes, tokens (B,S,D). Each layer has heads of its own, and
+        the position code stays that of the proposal.
+        """
         pred_logits, pred_boxes = [], []
         ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                   # (B, 1, V, 4)
         reference = start = boxes

@@ -391,12 +391,14 @@ def main(argv: list[str] | None = None) -> None:
     model.train()
     for step in bar:
         progress = step / steps
+        # Everything that changes with time follows from `step` alone: learning rate, order of the images, dropout.
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
-        # Dropout follows from the seed, the step and the process, so that no random state has to be saved.
+        # So no schedule and no random state has to be saved, and a resumed run is equal to the bit.
         torch.manual_seed((settings['seed'] * steps + step) * world + rank)
         batch = next(loader).to(device)
 
+        # All groups of the row at once; at inference only the first exists.
         try:
             outputs = trained(batch.images, batch.padding_mask)
         except ValueError as error:
@@ -408,6 +410,7 @@ def main(argv: list[str] | None = None) -> None:
             matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals)
         except FloatingPointError as error:
             raise UserError(f'step {step}: {error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
+        # What divides the loss: the boxes of all images, not of each, so that an empty image weighs nothing extra.
         num_boxes = float(sum(map(len, batch.gt_labels)))
         if world > 1:   # the mean over the processes: their gradients are averaged, too
             total = torch.tensor(num_boxes, device=device)
@@ -418,9 +421,11 @@ def main(argv: list[str] | None = None) -> None:
 
         optimizer.zero_grad(set_to_none=True)
         sum(parts.values()).backward()
+        # The summed losses of all layers are large: clipping at 0.1 (official code) acts at nearly every step.
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
 
+        # Kept on the device: reading a number after every step would make the CPU wait for it.
         stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups[0])
         recent.append(torch.cat([torch.stack([part.detach() for part in parts.values()]), stats]))
         done = step + 1
@@ -437,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
                                 '{images_per_second:.0f} images/s'.format(**record))
             recent, since = [], time.perf_counter()
-        if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps):   # first, whatever comes
+        if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps):   # before the evaluation, which may fail
             save(checkpoint_file, {
                 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                 'step': done, 'settings': settings, 'categories': categories,
