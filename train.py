@@ -442,7 +442,8 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
                                 '{images_per_second:.0f} images/s'.format(**record))
             recent, since = [], time.perf_counter()
-        if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps):   # before the evaluation, which may fail
+        # Before the evaluation: whatever goes wrong there, the training is kept.
+        if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps):
             save(checkpoint_file, {
                 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                 'step': done, 'settings': settings, 'categories': categories,
