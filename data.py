@@ -5,6 +5,7 @@
 
 A data set here has `categories`, `coco_json()` for the evaluation, and items `dataset[epoch, index]`: everything random
 about an item follows from (seed, epoch, index) alone, so it is the same in every process and after a resumed run.
+Those to train on also have `load(index)`, the image as stored, from which DenseOneToOne puts several images into one.
 """
 import json
 import math
@@ -21,6 +22,10 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# The part of the training in which DenseOneToOne acts. Official code (ShihuaHuang95/DEIM): epochs 4 to 34 of 60 for
+# RT-DETRv2; neither the start nor the end, where the model has to meet images such as it will be asked about.
+DENSE = (4 / 60, 34 / 60)
 
 
 class UserError(Exception):
@@ -173,12 +178,18 @@ class ShapesDataset(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def load(self, index: int) -> tuple[Image.Image, dict, int, str]:
+        """As CocoFolder.load."""
+        image, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
+        target = pixel_target(boxes_xyxy, labels, (self.size, self.size))
+        return Image.fromarray(image), target, index, f'shapes/{self.split}/{index}'
+
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         _, index = key
-        image, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
-        boxes = box_convert(torch.from_numpy(boxes_xyxy).float() / self.size, 'xyxy', 'cxcywh')
-        return Sample(normalise(torch.from_numpy(image).permute(2, 0, 1)), torch.from_numpy(labels), boxes, index,
-                      (self.size, self.size), f'shapes/{self.split}/{index}')
+        image, target, image_id, name = self.load(index)
+        boxes = box_convert(target['boxes'].as_subclass(Tensor) / self.size, 'xyxy', 'cxcywh')
+        return Sample(normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes, image_id,
+                      (self.size, self.size), name)
 
     def coco_json(self) -> dict:
         annotations = []
@@ -202,6 +213,23 @@ def normalise(image: Tensor) -> Tensor:
     return v2.functional.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
 
 
+def pixel_target(boxes_xyxy: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> dict:
+    """Boxes (M,4) in pixels and labels (M,) of an image of size (height, width), as torchvision's transforms want."""
+    boxes = torch.from_numpy(boxes_xyxy).float().reshape(-1, 4)
+    return {'boxes': tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
+            'labels': torch.from_numpy(labels)}
+
+
+def transformed(transforms, seed: int, image: Image.Image, target: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three fields of a Sample; chance follows from `seed` alone and leaves the process's generator alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        image, target = transforms(image, target)
+    boxes = box_convert(target['boxes'].as_subclass(Tensor), 'xyxy', 'cxcywh')
+    boxes = boxes / torch.tensor([image.width, image.height] * 2)
+    return normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes
+
+
 # --- A folder in the COCO layout ------------------------------------------------------------------------------------
 
 class RandomSizeCrop:
@@ -218,6 +246,20 @@ class RandomSizeCrop:
         return v2.functional.crop(image, **window), {**target, 'boxes': v2.functional.crop(target['boxes'], **window)}
 
 
+def resize_to(size: int) -> v2.Resize:
+    """A short side of `size`, less where the long side would get too long."""
+    return v2.Resize(size, max_size=round(size * 1333 / 800))
+
+
+def flips_and_colours(size: int, vertical_flip: bool) -> list:
+    return [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if vertical_flip else []),
+            *([v2.RandomPhotometricDistort()] if size < 480 else [])]
+
+
+# A box on the border may end 1e-5 outside, and would be removed instead of clamped.
+TIDY_BOXES = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
+
+
 def train_transforms(size: int, vertical_flip: bool = False):
     """Augmentation with a short side of at most `size`: the papers' from 480 on, a light one for small images.
 
@@ -227,15 +269,11 @@ def train_transforms(size: int, vertical_flip: bool = False):
     """
     def part(n):
         return max(1, round(n * size / 800))
-    small = size < 480
-    sides = range(640 if small else 480, 801, 32)
+    sides = range(640 if size < 480 else 480, 801, 32)
     resize = v2.RandomChoice([v2.Resize(part(side), max_size=part(1333)) for side in sides])
     shrink = v2.RandomChoice([v2.Resize(part(side)) for side in (400, 500, 600)])
-    flips = [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if vertical_flip else [])]
-    return v2.Compose([*flips, *([v2.RandomPhotometricDistort()] if small else []),
-                       v2.RandomChoice([resize, v2.Compose([shrink, RandomSizeCrop(part(384), part(600)), resize])]),
-                       v2.ClampBoundingBoxes(),   # a box on the border may end 1e-5 outside, and would be removed
-                       v2.SanitizeBoundingBoxes(min_size=1)])
+    cropped = v2.Compose([shrink, RandomSizeCrop(part(384), part(600)), resize])
+    return v2.Compose([*flips_and_colours(size, vertical_flip), v2.RandomChoice([resize, cropped]), TIDY_BOXES])
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -297,14 +335,13 @@ class CocoFolder(Dataset):
                   f'do not train; the first is in {first}')
         self.corners = corners.astype(np.float32)
         self.labels = np.array([self.categories.label_of[int(i)] for i in self.rows[:, 1]], dtype=np.int64)
-        self.transforms = (train_transforms(size, vertical_flip) if augment
-                           else v2.Resize(size, max_size=round(size * 1333 / 800)))
+        self.transforms = train_transforms(size, vertical_flip) if augment else resize_to(size)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def load(self, index: int) -> tuple[Image.Image, dict, int, str]:
+        """The RGB image as stored, its boxes in pixels {'boxes': xyxy (M,4), 'labels': (M,)}, its id and its name."""
         image_id, name, height, width = self.images[index]
         try:
             image = as_rgb(Image.open(self.folder / name))
@@ -315,16 +352,14 @@ class CocoFolder(Dataset):
                             f'{width} x {height}')
         rows = slice(self.first[index], self.first[index + 1])
         usable = self.usable[rows]
-        target = {'boxes': tv_tensors.BoundingBoxes(torch.from_numpy(self.corners[rows][usable]).reshape(-1, 4),
-                                                    format='XYXY', canvas_size=(height, width)),
-                  'labels': torch.from_numpy(self.labels[rows][usable])}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1)))
-            image, target = self.transforms(image, target)
-        boxes = box_convert(target['boxes'].as_subclass(Tensor), 'xyxy', 'cxcywh')
-        boxes = boxes / torch.tensor([image.width, image.height] * 2)
-        return Sample(normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes, image_id, (height, width),
-                      str(self.folder / name))
+        target = pixel_target(self.corners[rows][usable], self.labels[rows][usable], (height, width))
+        return image, target, image_id, str(self.folder / name)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        image, target, image_id, name = self.load(index)
+        seed = int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1))
+        return Sample(*transformed(self.transforms, seed, image, target), image_id, (image.height, image.width), name)
 
     def coco_json(self) -> dict:
         annotations = [{'id': i + 1, 'image_id': self.images[int(image)][0], 'category_id': int(category), 'bbox': bbox,
@@ -361,6 +396,86 @@ def open_dataset(name: str, split: str, size: int, augment: bool = False, vertic
     return CocoFolder(name, split, size, augment, vertical_flip, seed)
 
 
+# --- Dense one-to-one: more objects an image ------------------------------------------------------------------------
+
+def mosaic(images: list[Image.Image], targets: list[dict], size: int) -> tuple[Image.Image, dict]:
+    """Four images in a 2 x 2 grid on black (DEIM slides), as tiles with a short side of `size`; targets as of `load`.
+
+    All quadrants are as wide and high as the widest and the highest tile, which lie in their top left corners (official
+    code). The limit on strips is our own: a wide and a high one together would make a canvas without bounds.
+    """
+    tiles = [v2.Resize(size, max_size=4 * size)(image, target) for image, target in zip(images, targets)]
+    w, h = (max(tile.size[d] for tile, _ in tiles) for d in (0, 1))
+    canvas, boxes = Image.new('RGB', (2 * w, 2 * h)), []
+    for (tile, target), corner in zip(tiles, ((0, 0), (w, 0), (0, h), (w, h))):
+        canvas.paste(tile, corner)
+        boxes.append(target['boxes'].as_subclass(Tensor) + torch.tensor(corner * 2))
+    return canvas, {'boxes': tv_tensors.BoundingBoxes(torch.cat(boxes), format='XYXY', canvas_size=(2 * h, 2 * w)),
+                    'labels': torch.cat([target['labels'] for target in targets])}
+
+
+def mixup(sample: Sample, other: Sample, beta: float) -> Sample:
+    """The weighted mean of two images, with the objects of both; the smaller one is padded with the mean colour.
+
+    The official code stores beta for each box as well, but none of its losses uses it.
+    """
+    h, w = (max(sample.image.shape[d], other.image.shape[d]) for d in (1, 2))
+    image, boxes = torch.zeros(3, h, w), []
+    for part, weight in ((sample, beta), (other, 1 - beta)):
+        _, part_h, part_w = part.image.shape
+        image[:, :part_h, :part_w] += weight * part.image
+        boxes.append(part.boxes * torch.tensor([part_w / w, part_h / h] * 2))
+    return sample._replace(image=image, labels=torch.cat([sample.labels, other.labels]), boxes=torch.cat(boxes),
+                           name=f'{sample.name} mixed with {other.name}')
+
+
+class DenseOneToOne(Dataset):
+    """Several images of a training set in one: one-to-one matching, but more objects and so more positives an image.
+
+    Items `dataset[epoch, index, dense]`. If `dense`, half of them are mosaics, and half of all are mixed with another
+    image, which may be a mosaic, too. Mosaics are of four different images (DEIM slides); the official code draws with
+    replacement. It mixes whole batches, each image with the one before; here the partner is drawn for each image, so
+    that no item depends on its batch. The weights are 0.45..0.55 (official code); 0.5 on the slides.
+    """
+
+    def __init__(self, dataset: Dataset, size: int, vertical_flip: bool = False, seed: int = 0):
+        if len(dataset) < 4:
+            raise UserError(f'a mosaic needs four images, and the training set has {len(dataset)}')
+        self.dataset, self.categories, self.size, self.seed = dataset, dataset.categories, size, seed
+        # Turned, shifted and scaled on black, and never cropped (official code).
+        affine = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.5, 1.5), fill=0)
+        self.transforms = v2.Compose([affine, *flips_and_colours(size, vertical_flip), resize_to(size), TIDY_BOXES])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int, bool]) -> Sample:
+        epoch, index, dense = key
+        if not dense:
+            return self.dataset[epoch, index]
+        rng = np.random.RandomState([self.seed, epoch, index, 1])   # 1: other numbers than the data set's own
+        sample = self.plain_or_mosaic(epoch, index, rng)
+        if rng.random_sample() < 0.5:
+            other = self.plain_or_mosaic(epoch, *self.others(1, index, rng), rng)
+            sample = mixup(sample, other, rng.uniform(0.45, 0.55))
+        return sample
+
+    def plain_or_mosaic(self, epoch: int, index: int, rng: np.random.RandomState) -> Sample:
+        if rng.random_sample() < 0.5:
+            return self.dataset[epoch, index]
+        images, targets, ids, names = zip(*map(self.dataset.load, [index, *self.others(3, index, rng)]))
+        image, target = mosaic(images, targets, round(self.size / 2))
+        return Sample(*transformed(self.transforms, int(rng.randint(2 ** 31 - 1)), image, target), ids[0],
+                      (images[0].height, images[0].width), f'mosaic of {", ".join(names)}')
+
+    def others(self, count: int, index: int, rng: np.random.RandomState) -> list[int]:
+        """`count` different images, none of them `index`."""
+        return [int(i + (i >= index)) for i in rng.choice(len(self) - 1, count, replace=False)]
+
+    def coco_json(self) -> dict:
+        return self.dataset.coco_json()
+
+
 # --- Batches --------------------------------------------------------------------------------------------------------
 
 class TrainBatches(Sampler):
@@ -368,38 +483,42 @@ class TrainBatches(Sampler):
 
     Position p of the endless stream of images lies in epoch p // n. A run that starts at a later step therefore sees
     what an uninterrupted one would have seen, and W processes see together what one with W times the batch would.
+    With `dense`, a part of the training such as DENSE, they are DenseOneToOne's triples: True within that part.
     """
 
     def __init__(self, n: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0,
-                 world: int = 1):
+                 world: int = 1, dense: tuple[float, float] | None = None):
         super().__init__()
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.firsts = [(step * world + rank) * batch_size for step in range(start, steps)]
+        self.n, self.batch_size, self.steps, self.seed, self.dense = n, batch_size, steps, seed, dense
+        self.firsts = {step: (step * world + rank) * batch_size for step in range(start, steps)}
 
     def __len__(self) -> int:
         return len(self.firsts)
 
     def __iter__(self):
         order_of = {}
-        for first in self.firsts:
+        for step, first in self.firsts.items():
             batch = []
+            flag = () if self.dense is None else (self.dense[0] <= step / self.steps < self.dense[1],)
             for position in range(first, first + self.batch_size):
                 epoch, place = divmod(position, self.n)
                 if epoch not in order_of:
                     order_of = {e: order_of[e] for e in order_of if e == epoch - 1}
                     order_of[epoch] = np.random.RandomState([self.seed, epoch]).permutation(self.n)
-                batch.append((epoch, int(order_of[epoch][place])))
+                batch.append((epoch, int(order_of[epoch][place]), *flag))
             yield batch
 
 
-def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, world=1, pin=False) -> DataLoader:
+def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, world=1, pin=False,
+                 dense=None) -> DataLoader:
     """Batches for the steps start..steps-1 of this process.
 
     A DataLoader draws a number from its generator when it starts. It gets one of its own: so the training's is left
     alone, and a resumed run draws the same dropout as an uninterrupted one.
     """
-    return DataLoader(dataset, batch_sampler=TrainBatches(len(dataset), batch_size, steps, seed, start, rank, world),
-                      collate_fn=collate, num_workers=workers, pin_memory=pin, generator=torch.Generator())
+    batches = TrainBatches(len(dataset), batch_size, steps, seed, start, rank, world, dense)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
+                      generator=torch.Generator())
 
 
 def val_loader(dataset, batch_size, workers, rank=0, world=1) -> DataLoader:

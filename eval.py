@@ -1,7 +1,9 @@
-"""COCO average precision, result files and pictures for a trained detector.
+"""COCO average precision, other measures of the papers, result files and pictures for a trained detector.
 
     python eval.py --weights runs/group/checkpoint.pt                          its own data, the 12 COCO numbers
     python eval.py --weights runs/group/checkpoint.pt --pictures 8             ground truth beside predictions
+    python eval.py --weights runs/group/checkpoint.pt --pr-curve pr.png        precision over recall
+    python eval.py --weights runs/group/checkpoint.pt --unstable 20            does the matching change between layers?
     python eval.py --weights official.pth --data COCO                          a checkpoint of HDETR/H-Deformable-DETR
 
 Letters as in hybrid_detr.py: B images, L decoder layers, N queries, C classes.
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert
 from torchvision.transforms import v2
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages, UserError, open_dataset,
                   val_loader)
 from hybrid_detr import HybridDETR, Outputs, from_official
+from matchers import Cost, class_scores, encoder_groups, match, query_groups
 
 METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
            'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large')
@@ -75,14 +78,16 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
 
 # --- From outputs to detections -------------------------------------------------------------------------------------
 
-def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, nms: float | None = None):
+def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, nms: float | None = None,
+               softmax: bool = False):
     """The `top` best of all N*C scores of the last layer: -> per image scores (k,) in falling order, labels (k,),
     boxes_xyxy (k,4) in pixels of the stored image; k = min(top, N*C), or less with NMS.
 
     A query may appear with several classes (Deformable DETR's official post-processing, 100 in H-DETR's). With NMS at
     IoU `nms`, the best 10 * top are thinned out first: else duplicates would take the places of other objects.
+    softmax: of a model trained with cross-entropy.
     """
-    probability = outputs.pred_logits[-1].float().sigmoid()                                         # (B, N, C)
+    probability = class_scores(outputs.pred_logits[-1].float(), softmax)                            # (B, N, C)
     B, N, C = probability.shape
     scores, flat = probability.flatten(1).topk(min(top if nms is None else 10 * top, N * C), 1)
     labels, query = flat % C, flat // C
@@ -113,7 +118,8 @@ def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: i
             outputs = model(batch.images, batch.padding_mask, group)
         except ValueError as error:
             raise UserError(f'{batch.names[0]}: {error}') from None
-        for image_id, (scores, labels, boxes) in zip(batch.image_ids, detections(outputs, batch.sizes, nms=nms)):
+        for image_id, (scores, labels, boxes) in zip(batch.image_ids,
+                                                     detections(outputs, batch.sizes, nms=nms, softmax=model.softmax)):
             xywh = box_convert(boxes, 'xyxy', 'xywh').double().cpu().numpy()
             rows.append(np.column_stack([np.full(len(xywh), image_id), xywh, scores.double().cpu(),
                                          id_of[labels.cpu()]]))
@@ -134,8 +140,11 @@ def duplicate_rate(rows: np.ndarray) -> float:
     return (len(rows) - len(kept)) / max(len(rows), 1)
 
 
-def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False):
-    """pycocotools' 12 numbers for the rows of `detect`, by name, and AP by category id; table=True prints its table."""
+def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False, curve: str | None = None):
+    """pycocotools' 12 numbers for the rows of `detect` and oLRP with its parts, by name, and AP by category id.
+
+    table=True prints pycocotools' table and oLRP; curve: PNG to draw precision over recall to.
+    """
     from pycocotools.coco import COCO   # only needed here: training and inference run without it
     from pycocotools.cocoeval import COCOeval
     if not coco_json['images']:
@@ -159,7 +168,90 @@ def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False):
     for k, category_id in enumerate(evaluation.params.catIds):
         known = precision[..., k][precision[..., k] > -1]
         by_class[category_id] = float(known.mean()) if known.size else math.nan
-    return dict(zip(METRICS, evaluation.stats.tolist())), by_class
+    errors = optimal_lrp(evaluation)
+    if table:
+        print(' oLRP @[ IoU=0.50 ] = {oLRP:.3f}: localization {oLRP_Loc:.3f}, false positives {oLRP_FP:.3f}, '
+              'false negatives {oLRP_FN:.3f}'.format(**errors))
+    if curve:
+        draw_curve(precision, curve)
+    return {**dict(zip(METRICS, evaluation.stats.tolist())), **errors}, by_class
+
+
+def optimal_lrp(evaluation) -> dict[str, float]:
+    """oLRP, the optimal Localization Recall Precision error at IoU 0.5, and its parts: 0 is perfect, 1 the worst.
+
+        LRP(s) = (sum over TP of (1 - IoU) / 0.5 + #FP + #FN) / (#TP + #FP + #FN),  of the detections of score >= s
+        oLRP = min over s;  there Loc = mean over TP of 1 - IoU,  FP = 1 - precision,  FN = 1 - recall
+
+    Oksuz et al., ECCV 2018; H-DETR Fig. 4. TP and FP are those of a COCOeval after `evaluate` (all areas, the 100 best
+    detections of a class in an image, crowds ignored); the mean is over the classes with ground truth. A class without
+    detections, or better off without, has oLRP 1 and FN 1 and no Loc and FP: their means leave it out. As in COCO's
+    numbers, -1 is the mean of no class at all.
+    """
+    params, found = evaluation.params, [np.zeros((0, 4))]
+    for k in range(len(params.catIds)):
+        first = k * len(params.areaRng) * len(params.imgIds)   # of the class's images; the first area is 'all'
+        results = [r for r in evaluation.evalImgs[first:first + len(params.imgIds)] if r]
+        targets = sum(int((r['gtIgnore'] == 0).sum()) for r in results)
+        if not targets:
+            continue
+        pairs = [(math.inf, 0, 0.0)]   # score, is it a TP, 1 - IoU; the first is the threshold above all scores
+        for r in results:
+            key = r['image_id'], r['category_id']
+            column = {gt['id']: j for j, gt in enumerate(evaluation._gts[key])}
+            at_half = zip(r['dtScores'], r['dtMatches'][0], r['dtIgnore'][0])   # the first IoU threshold is 0.5
+            pairs += [(score, 1, 1 - evaluation.ious[key][i][column[gt]]) if gt else (score, 0, 0.0)
+                      for i, (score, gt, ignored) in enumerate(at_half) if not ignored]
+        score, hit, error = np.array(sorted(pairs, key=lambda pair: -pair[0])).T
+        tp, fp, error = hit.cumsum(), (1 - hit).cumsum() - 1, error.cumsum()   # -1: the first is no detection
+        lrp = (error / 0.5 + fp + targets - tp) / (targets + fp)
+        lrp[:-1][score[:-1] == score[1:]] = math.inf   # a threshold cannot divide equal scores
+        with np.errstate(invalid='ignore'):   # 0 / 0 is nan: without a TP, which is best only without any detection
+            found.append(np.stack([lrp, error / tp, fp / (tp + fp), 1 - tp / targets], 1)[[lrp.argmin()]])
+    known = [column[~np.isnan(column)] for column in np.concatenate(found).T]
+    return {name: float(column.mean()) if len(column) else -1.0
+            for name, column in zip(('oLRP', 'oLRP_Loc', 'oLRP_FP', 'oLRP_FN'), known)}
+
+
+# --- How stable the matching is -------------------------------------------------------------------------------------
+
+def cost_of(settings: dict) -> Cost:
+    """The matching cost that a detector is trained with, by the flags of train.py; the plain one without any."""
+    default = Cost()
+    return Cost(settings.get('cost', default.kind), settings.get('cost_class', default.class_weight),
+                settings.get('f2', default.f2), settings.get('official_losses', False),
+                settings.get('cls_loss') == 'ce')
+
+
+@torch.inference_mode()
+def unstable_score(model: HybridDETR, dataset: Dataset, n_images: int = 20, cost: Cost = Cost(), *,
+                   batch_size: int = 1, workers: int = 0) -> list[float]:
+    """Stable-DINO §2.4.3, Fig. 3: for each decoder layer the percentage of ground truths whose query is another one
+    than in the layer before. Layer 1 is compared with the encoder: its proposal number i is the start of query i.
+
+    Of the first group, the detector, matched one-to-one whatever the scheme. The paper's example is one image; this is
+    the percentage of all ground truths of the first n_images, nan without any. The model is left as it was.
+    """
+    device, was_training, changed, total = next(model.parameters()).device, model.training, 0, 0
+    model.eval()
+    for batch in val_loader(FirstImages(dataset, n_images), batch_size, workers):
+        batch = batch.to(device)
+        outputs = model(batch.images, batch.padding_mask, 0)   # of one group, so the encoder has one head
+        L, _, n, _ = outputs.pred_logits.shape
+        chosen = outputs.encoder_logits[..., 0].topk(n, 2).indices[..., None]   # (1, B, n, 1), as in HybridDETR.select
+        proposals = [x.gather(2, chosen.expand(-1, -1, -1, x.shape[3])) for x in outputs[2:4]]
+        groups = query_groups('one2one', L, n=n)
+        try:
+            decoder, encoder = match(*outputs[:2], *proposals, batch.gt_labels, batch.gt_boxes, groups,
+                                     encoder_groups(groups, 1, n), cost)
+        except FloatingPointError as error:
+            raise UserError(f'{batch.names[0]}: {error}') from None
+        query = torch.full((L + 1, sum(map(len, batch.gt_labels))), -1, device=device)   # -1: more objects than queries
+        query[0, encoder.gt] = encoder.query
+        query[decoder.layer + 1, decoder.gt] = decoder.query
+        changed, total = changed + (query[1:] != query[:-1]).sum(1), total + query.shape[1]
+    model.train(was_training)
+    return (100 * changed / total).tolist()
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------------
@@ -187,6 +279,17 @@ def draw_boxes(picture: Tensor, boxes: Tensor, labels: list[int], texts: list[st
                                label_background_colors=colours, fill_labels=True)
 
 
+def save_grid(rows: list[list[Tensor]], path: Path) -> None:
+    """Save a PNG of pictures, uint8 (3,H,W) each, row by row with white between them."""
+    def joined(pictures, across):   # along the width or the height
+        side = max(picture.shape[3 - across] for picture in pictures)
+        padded = [v2.functional.pad(p, [0, 0, 8, side - p.shape[1]] if across == 2 else [0, 0, side - p.shape[2], 8],
+                                    fill=255) for p in pictures]
+        return torch.cat(padded, across)
+    grid = joined([joined(row, 2) for row in rows], 1)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
 @torch.inference_mode()
 def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: Path, n: int = 4,
                      threshold: float = 0.3, nms: float | None = None, group: int = 0) -> None:
@@ -196,7 +299,7 @@ def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: 
     model.eval()
     for batch in val_loader(FirstImages(dataset, n), 1, 0):
         outputs = model(batch.images.to(device), batch.padding_mask.to(device), group)
-        (scores, labels, boxes), = detections(outputs, [(1, 1)], nms=nms)
+        (scores, labels, boxes), = detections(outputs, [(1, 1)], nms=nms, softmax=model.softmax)
         good = scores >= threshold
         shown = [dataset.categories.label_of.get(ids[label], 0) for label in labels[good].tolist()]
         texts = [f'{names.get(ids[label], ids[label])} {score:.2f}'
@@ -204,11 +307,45 @@ def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: 
         picture, truth = as_picture(batch.images[0]), batch.gt_labels[0].tolist()
         pair = [draw_boxes(picture, batch.gt_boxes[0], truth, [dataset.categories.names[label] for label in truth]),
                 draw_boxes(picture, box_convert(boxes[good], 'xyxy', 'cxcywh'), shown, texts)]
-        rows.append(torch.cat([pair[0], pair[0].new_full((3, pair[0].shape[1], 8), 255), pair[1]], 2))
+        rows.append(pair)
     model.train(was_training)
-    width = max(row.shape[2] for row in rows)
-    rows = [v2.functional.pad(row, [0, 0, width - row.shape[2], 8], fill=255) for row in rows]
-    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(path)
+    save_grid(rows, path)
+
+
+def draw_curve(precision: np.ndarray, path: str) -> None:
+    """Save a PNG of precision over recall (H-DETR Fig. 7), the mean over the classes with ground truth.
+
+    precision (IoU thresholds, recalls, classes) of COCOeval, -1 for a class without ground truth. The area under a
+    curve is its AP. Raises UserError if no class has ground truth.
+    """
+    precision = precision[:, :, (precision > -1).all((0, 1))]
+    if not precision.size:
+        raise UserError(f'{path}: without ground truth there is no precision-recall curve')
+    curves = precision.mean(2)   # IoU 0.50, 0.55, ... 0.95
+    curves = {'IoU 0.5': curves[0], 'IoU 0.75': curves[5], 'mean of 0.5 to 0.95': curves.mean(0)}
+    image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
+
+    def at(recall, height):
+        return 130 + 1420 * recall, 1060 - 890 * height
+
+    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        pen.line((at(tick, 0), at(tick, 1)), '#DDDDDD', 2)
+        pen.line((at(0, tick), at(1, tick)), '#DDDDDD', 2)
+        pen.text((at(tick, 0)[0], 1076), f'{tick:.1f}', 'black', font, anchor='mt')
+        pen.text((114, at(0, tick)[1]), f'{tick:.1f}', 'black', font, anchor='rm')
+    pen.line((at(0, 1), at(0, 0), at(1, 0)), 'black', 4)
+    pen.text((at(0.5, 0)[0], 1180), 'recall', 'black', font, anchor='mb')
+    pen.text((20, 130), 'precision', 'black', font, anchor='lm')
+    x = 20   # the legend stands above the axes, where no curve can be
+    for colour, (name, curve) in zip(COLOURS, curves.items()):
+        pen.line([at(recall, height) for recall, height in zip(np.linspace(0, 1, len(curve)), curve)], colour, 8,
+                 joint='curve')
+        pen.line((x, 50, x + 70, 50), colour, 8)
+        text = f'{name}: AP {curve.mean():.3f}'
+        pen.text((x + 86, 50), text, 'black', font, anchor='lm')
+        x += 86 + pen.textlength(text, font) + 60
+    image.reduce(2).save(path)
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
@@ -244,6 +381,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--nms', type=float, help='remove boxes that overlap a better one of their class at this IoU')
     parser.add_argument('--per-class', action='store_true', help='print the AP of each class')
     parser.add_argument('--save-json', help="write the detections in COCO's results format to this file")
+    parser.add_argument('--unstable', type=int, default=0, metavar='N',
+                        help='match the first N images (paper 20): how many objects change their query in each layer')
+    parser.add_argument('--pr-curve', metavar='FILE', help='draw precision over recall to this PNG')
     parser.add_argument('--pictures', type=int, default=0, metavar='N',
                         help='draw ground truth and predictions of N images')
     parser.add_argument('--picture-file', default='predictions.png', help='PNG to draw to (default predictions.png)')
@@ -254,14 +394,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.nms is not None and not 0 <= args.nms <= 1:
         raise UserError(f'--nms {args.nms}: is an IoU, 0 to 1')
-    for name, least in dict(batch_size=1, image_size=32, workers=0, pictures=0).items():
+    for name, least in dict(batch_size=1, image_size=32, workers=0, pictures=0, unstable=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
-    for path in (args.save_json, args.picture_file):
+    for path in (args.save_json, args.picture_file, args.pr_curve):
         if path and not Path(path).parent.is_dir():
             raise UserError(f'the folder of {path} does not exist')
-    if not args.picture_file.endswith('.png'):
-        raise UserError(f'--picture-file {args.picture_file}: must end in .png')
+    for name, path in (('--picture-file', args.picture_file), ('--pr-curve', args.pr_curve)):
+        if path is not None and not path.endswith('.png'):
+            raise UserError(f'{name} {path}: must end in .png')
     model, categories, settings = load_detector(args.weights)
     if not 0 <= args.group < len(model.groups):
         raise UserError(f'--group {args.group}: the model has groups 0 to {len(model.groups) - 1}')
@@ -275,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset = FirstImages(dataset, settings['overfit'])
         print(f'the {len(dataset)} images it was trained on:')
     model.to(args.device)
-    ids = ids_for(categories, dataset, model.class_heads[0].out_features)
+    ids = ids_for(categories, dataset, model.num_classes)
     batch_size = args.batch_size or settings.get('batch_size', 2)
     rows = detect(model, dataset, ids, batch_size=batch_size, workers=args.workers, nms=args.nms, group=args.group)
     if args.save_json:
@@ -283,10 +424,15 @@ def main(argv: list[str] | None = None) -> None:
                    for image_id, *bbox, score, category_id in rows.tolist()]
         Path(args.save_json).write_text(json.dumps(results))
         print(f'{len(results)} detections written to {args.save_json}')
-    _, by_class = average_precision(dataset.coco_json(), rows, table=True)
+    _, by_class = average_precision(dataset.coco_json(), rows, table=True, curve=args.pr_curve)
     if args.per_class:
         for category_id, name in zip(dataset.categories.ids, dataset.categories.names):
             print(f'{name:24} AP {by_class[category_id]:.3f}')
+    if args.unstable:
+        scores = unstable_score(model, dataset, args.unstable, cost_of(settings), workers=args.workers)
+        print(f'unstable score of layer 1 to {len(scores)}: {", ".join(f"{score:.1f} %" for score in scores)}')
+    if args.pr_curve:
+        print(f'curve: {args.pr_curve}')
     if args.pictures:
         draw_predictions(model, dataset, ids, Path(args.picture_file), args.pictures, nms=args.nms, group=args.group)
         print(f'picture: {args.picture_file}')

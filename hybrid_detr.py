@@ -237,17 +237,26 @@ class GroupSelfAttention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, content: Tensor, position: Tensor, groups: Sequence[int]) -> Tensor:
-        """content, position (B,N,D), groups: sizes that sum to N -> (B,N,D). Position is no part of the value."""
-        D = content.shape[-1]
+    def forward(self, content: Tensor, position: Tensor, groups: Sequence[int], denoising: int = 0) -> Tensor:
+        """content, position (B,N,D), groups: sizes -> (B,N,D). Position is no part of the value.
+
+        What the sizes leave over at the end of the row are denoising queries, `denoising` groups of equal size. Each
+        sees itself and the first group, the detector; nobody sees them, since they know the answer (DINO).
+        """
+        D, N = content.shape[-1], sum(groups)
         q, k = F.linear(content + position, self.in_proj.weight[:2 * D], self.in_proj.bias[:2 * D]).chunk(2, -1)
         v = F.linear(content, self.in_proj.weight[2 * D:], self.in_proj.bias[2 * D:])
         if len(set(groups)) == 1:
-            out = self.attend(*(x.unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v)))  # (B*G, n, D)
-            out = out.reshape(content.shape)
+            folded = (x[:, :N].unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v))        # (B*G, n, D)
+            out = [self.attend(*folded).view(len(content), N, D)]
         else:
-            out = torch.cat([self.attend(*qkv) for qkv in zip(*(x.split(groups, 1) for x in (q, k, v)))], 1)
-        return self.out_proj(out)
+            out = [self.attend(*qkv) for qkv in zip(*(x[:, :N].split(groups, 1) for x in (q, k, v)))]
+        if denoising:
+            own = [x[:, N:].unflatten(1, (denoising, -1)) for x in (q, k, v)]                           # (B, G, m, D)
+            first = [x[:, None, :groups[0]].expand(-1, denoising, -1, -1) for x in (k, v)]              # (B, G, n, D)
+            seen = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own[1:], first))
+            out.append(self.attend(own[0].flatten(0, 1), *seen).view(len(content), -1, D))
+        return self.out_proj(torch.cat(out, 1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))            # (B, heads, n, d)
@@ -288,13 +297,13 @@ class DecoderLayer(nn.Module):
         self.cross_attention, self.cross_norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
         self.dropout, self.ffn = nn.Dropout(dropout), FeedForward(width, ffn, dropout)
 
-    def forward(self, content, position, groups, reference, tokens, shapes, padding):
+    def forward(self, content, position, groups, denoising, reference, tokens, shapes, padding):
         """content, position (B,N,D), reference (B,N,V,4), tokens (B,S,D) -> (B,N,D).
 
         Only self-attention lets queries see each other. It is what makes one of two equal queries give way, so a
         group whose assignment is one-to-one has to be alone in it.
         """
-        content = self.self_norm(content + self.dropout(self.self_attention(content, position, groups)))
+        content = self.self_norm(content + self.dropout(self.self_attention(content, position, groups, denoising)))
         attended = self.cross_attention(content + position, reference, tokens, shapes, padding)
         return self.ffn(self.cross_norm(content + self.dropout(attended)))
 
@@ -312,19 +321,24 @@ class HybridDETR(nn.Module):
     selection: 'ranks' has one pair of encoder heads; 'heads' and 'distinct' have one for each group; see `select`.
     separate_attention=False lets all groups of a training step see each other (Group DETR Table 7 c).
     ffn=2048, dropout=0, mixed_selection, look_forward_twice: the switches of H-DETR Table 8, in the paper's best row.
+    fusion: none, simple, ulike or dense; see `encode`. denoising=True: forward takes denoising queries (matchers.py).
+    softmax=True: a column more in the decoder's class heads, "no object", for DETR's cross-entropy.
     backbone: 'tiny' or a name for `Backbone`; frozen_backbone: see there.
-    Raises ValueError for an unknown selection or backbone.
+    Raises ValueError for an unknown selection, fusion or backbone.
     """
 
     def __init__(self, num_classes: int, groups: Sequence[int] = (300,), backbone: str = 'resnet50', *,
                  frozen_backbone: bool = True, width: int = 256, heads: int = 8, encoder_layers: int = 6,
                  decoder_layers: int = 6, ffn: int = 2048, points: int = 4, levels: int = 4, dropout: float = 0.0,
                  mixed_selection: bool = True, look_forward_twice: bool = True, selection: str = 'ranks',
-                 separate_attention: bool = True):
+                 separate_attention: bool = True, fusion: str = 'none', denoising: bool = False, softmax: bool = False):
         super().__init__()
         if selection not in ('ranks', 'heads', 'distinct'):
             raise ValueError(f'unknown selection {selection!r}: use ranks, heads or distinct')
-        self.groups, self.selection = tuple(groups), selection
+        if fusion not in ('none', 'simple', 'ulike', 'dense'):
+            raise ValueError(f'unknown fusion {fusion!r}: use none, simple, ulike or dense')
+        self.groups, self.selection, self.fusion = tuple(groups), selection, fusion
+        self.num_classes, self.softmax = num_classes, softmax
         self.look_forward_twice, self.separate_attention = look_forward_twice, separate_attention
         self.backbone = TinyBackbone() if backbone == 'tiny' else Backbone(backbone, frozen_backbone)
         channels = self.backbone.channels
@@ -335,14 +349,20 @@ class HybridDETR(nn.Module):
                           nn.GroupNorm(32, width)) for v in range(levels))
         self.level_embed = nn.Parameter(torch.empty(levels, width))
         self.encoder = clones(EncoderLayer(width, heads, levels, points, ffn, dropout), encoder_layers)
+        joined = {'none': (), 'simple': (2,), 'ulike': (2,) * -(-encoder_layers // 2), 'dense': (encoder_layers + 1,)}
+        self.fusions = nn.ModuleList(nn.Sequential(nn.Linear(n * width, width), nn.LayerNorm(width))
+                                     for n in joined[fusion])
         self.decoder = clones(DecoderLayer(width, heads, levels, points, ffn, dropout), decoder_layers)
         self.proposal_proj = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
         self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
         self.query_content = nn.Parameter(torch.empty(sum(groups), width)) if mixed_selection else None
+        # Content of a denoising query: its class; the last row, zero, is for empty slots.
+        self.denoising_content = nn.Embedding(num_classes + 1, width, num_classes) if denoising else None
         class_head = nn.Linear(width, num_classes)
         box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                                  nn.Linear(width, 4))
-        self.class_heads, self.box_heads = clones(class_head, decoder_layers), clones(box_head, decoder_layers)
+        self.class_heads = clones(nn.Linear(width, num_classes + 1) if softmax else class_head, decoder_layers)
+        self.box_heads = clones(box_head, decoder_layers)
         encoder_heads = 1 if selection == 'ranks' else len(groups)
         self.encoder_class_heads = clones(class_head, encoder_heads)
         self.encoder_box_heads = clones(box_head, encoder_heads)
@@ -358,6 +378,9 @@ class HybridDETR(nn.Module):
             for parameter in module.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
+        for fusion in self.fusions:
+            nn.init.xavier_uniform_(fusion[0].weight)
+            nn.init.zeros_(fusion[0].bias)
         for module in self.modules():
             if isinstance(module, DeformableAttention):
                 module.reset_parameters()
@@ -377,14 +400,16 @@ class HybridDETR(nn.Module):
                     module.reset_parameters()
         for head in (*self.class_heads, *self.encoder_class_heads):
             nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+            nn.init.zeros_(head.bias[self.num_classes:])   # with softmax, "no object" has the logit 0
         for head in (*self.box_heads, *self.encoder_box_heads):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
 
-    def forward(self, images: Tensor, padding_mask: Tensor, group: int | None = None) -> Outputs:
+    def forward(self, images: Tensor, padding_mask: Tensor, group: int | None = None, noised=None) -> Outputs:
         """images (B,3,H,W), padding_mask (B,H,W) bool -> Outputs.
 
         In train() every group of the row runs, in eval() only the first; `group` asks for a single other one.
+        noised: `matchers.Denoising`, whose queries follow at the end of the row.
         Raises ValueError if the image has fewer tokens than queries to choose from them.
         """
         if group is None and not self.training:
@@ -392,9 +417,7 @@ class HybridDETR(nn.Module):
         # The image: backbone and encoder.
         tokens, shapes = self.pyramid(images)                                                           # (B, S, D)
         where = geometry(padding_mask, shapes, self.level_embed)
-        reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
-        for layer in self.encoder:
-            tokens = layer(tokens, where.position, reference, shapes, where.padding)
+        tokens = self.encode(tokens, where)
 
         # The queries: first stage. What a later group may choose depends on the earlier ones, so all up to it propose.
         sizes = self.groups if group is None else self.groups[:group + 1]
@@ -402,14 +425,17 @@ class HybridDETR(nn.Module):
         boxes, first = self.select(encoder_logits, encoder_boxes_unact, sizes), 0
         if group is not None:
             boxes, first, sizes = boxes[group:], sum(sizes[:group]), sizes[group:]
-        boxes = torch.cat(boxes, 1)                                                                     # (B, N, 4)
+        boxes = torch.cat(boxes if noised is None else [*boxes, noised.boxes], 1)                       # (B, N, 4)
         position, content = self.position_proj(sine_code(boxes, tokens.shape[-1] // 2)).chunk(2, -1)    # (B, N, D) each
         if self.query_content is not None:   # mixed query selection: position from the image, content learned
             content = self.query_content[first:first + sum(sizes)].expand(len(boxes), -1, -1)
         # The predictions: second stage.
         if not self.separate_attention:
             sizes = (sum(sizes),)
-        pred_logits, pred_boxes = self.decode(boxes, content, position, sizes, tokens, where)
+        if noised is not None:
+            content = torch.cat([content[:, :sum(sizes)], self.denoising_content(noised.labels)], 1)
+        pred_logits, pred_boxes = self.decode(boxes, content, position, sizes, noised.groups if noised else 0, tokens,
+                                              where)
         encoder_logits, encoder_boxes = (x.transpose(0, 1).flatten(1, 2)[None] for x in
                                          (encoder_logits, encoder_boxes_unact.sigmoid()))
         return Outputs(pred_logits, pred_boxes, encoder_logits, encoder_boxes)
@@ -422,6 +448,29 @@ class HybridDETR(nn.Module):
             source = maps[v] if v < len(maps) else maps[-1] if v == len(maps) else levels[-1]
             levels.append(projection(source))
         return torch.cat([m.flatten(2).transpose(1, 2) for m in levels], 1), [tuple(m.shape[2:]) for m in levels]
+
+    def encode(self, tokens: Tensor, where: Geometry) -> Tensor:
+        """The encoder, and the memory fusion of Stable-DINO §3: (B,S,D) -> (B,S,D).
+
+        The backbone's tokens F_0 and the outputs F_1..F_L of the encoder's layers are joined along their features and
+        projected back (linear and norm, App. B), so that pretrained features reach the decoder from the first step on:
+        simple  [F_L, F_0]
+        ulike   F_0 joins the output of layer L, F_1 that of layer L-1, and so on inwards (Fig. 4c; not in the released
+                code, and the figure's four layers extended to L is a reading)
+        dense   [F_0, F_1, ..., F_L], the paper's default
+        """
+        reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
+        outputs, L = [tokens], len(self.encoder)
+        for l, layer in enumerate(self.encoder, 1):
+            tokens = layer(tokens, where.position, reference, where.shapes, where.padding)
+            if self.fusion == 'ulike' and L - l < l:
+                tokens = self.fusions[L - l](torch.cat([tokens, outputs[L - l]], -1))
+            outputs.append(tokens)
+        if self.fusion == 'simple':
+            tokens = self.fusions[0](torch.cat([outputs[L], outputs[0]], -1))
+        if self.fusion == 'dense':
+            tokens = self.fusions[0](torch.cat(outputs, -1))
+        return tokens
 
     def propose(self, tokens: Tensor, where: Geometry, heads: int) -> tuple[Tensor, Tensor]:
         """Every token proposes a box (before the sigmoid) and a score: (B,S,D) -> (E,B,S,C), (E,B,S,4), E = heads.
@@ -463,17 +512,17 @@ class HybridDETR(nn.Module):
                     taken = taken.scatter(1, top, True)
         return [boxes_unact[e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid() for e, top in chosen]
 
-    def decode(self, boxes, content, position, groups, tokens, where) -> tuple[Tensor, Tensor]:
+    def decode(self, boxes, content, position, groups, denoising, tokens, where) -> tuple[Tensor, Tensor]:
         """Iterative refinement, box_l = sigmoid(shift_l + sigmoid^-1(box_(l-1))): -> (L,B,N,C), (L,B,N,4).
 
-        boxes (B,N,4), content and position (B,N,D), groups: sizes, tokens (B,S,D). Each layer has heads of its own, and
-        the position code stays that of the proposal.
+        boxes (B,N,4), content and position (B,N,D), groups and denoising as in GroupSelfAttention, tokens (B,S,D).
+        Each layer has heads of its own, and the position code stays that of the proposal.
         """
         pred_logits, pred_boxes = [], []
         ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                   # (B, 1, V, 4)
         reference = start = boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
-            content = layer(content, position, groups, reference[:, :, None] * ratios, tokens, where.shapes,
+            content = layer(content, position, groups, denoising, reference[:, :, None] * ratios, tokens, where.shapes,
                             where.padding)
             shift = box_head(content)
             pred_logits.append(class_head(content))

@@ -37,11 +37,13 @@ queries of their own. There q4 and q5 are positives, bad as they are, since grou
 Papers: H-DETR = "DETRs with Hybrid Matching"; Group DETR = "Group DETR: Fast DETR Training with Group-Wise
 One-to-Many Assignment". This file needs torch, scipy and torchvision only, and can be copied alone.
 """
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou
 
 
@@ -51,6 +53,7 @@ class QueryGroup(NamedTuple):
     copies: tuple[int, ...]    # of each ground truth, in each of the L layers
     weight: float = 1.0        # of its loss
     proposal_copies: int = 1   # of each ground truth for its encoder head, if it has one of its own
+    denoising: bool = False    # the assignment is known from the start: see `denoising_queries`
 
 
 def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: int = 0, K: int = 1,
@@ -108,24 +111,52 @@ class Matches(NamedTuple):
     gt: Tensor
 
 
-def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt_boxes: Tensor) -> Tensor:
+class Cost(NamedTuple):
+    """Settings of the matching cost."""
+    kind: str = 'focal'          # or 'stable'
+    class_weight: float = 2.0    # of the class part; DETR's softmax cost has 1
+    f2: float = 0.5              # stable: exponent of s' (Stable-DINO Table 9: 0.25 to 2, best 0.5)
+    official: bool = False       # stable: with the alpha of the released code
+    softmax: bool = False        # scores of DETR's cross-entropy, column C for "no object"
+
+
+def class_scores(logits: Tensor, softmax: bool = False) -> Tensor:
+    """(..., C) -> sigmoid scores; with softmax (..., C+1) -> (..., C), without the "no object" column."""
+    return logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
+
+
+def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
+                  how: Cost = Cost()) -> Tensor:
     """What it would cost to make query n answer for ground truth m: (L,N,C), (L,N,4), (M,), (M,4) -> (L,N,M).
 
         cost = 2 * class + 5 * |box - gt|_1 - 2 * GIoU
         class = alpha (1-p)^2 (-log p) - (1-alpha) p^2 (-log(1-p)),  p the score of gt's class, alpha = 1/4
+        kind 'stable' (Stable-DINO Eq. 4): p * sqrt(s') in place of p, s' = (GIoU+1)/2, both weights 1 for alpha
+        softmax (DETR, DEIM slides Eq. 2): class = -p, or -p * sqrt(s')
 
     The class part is what the focal loss would change by if the query became positive (Deformable DETR's and H-DETR's
     official code; H-DETR gives no formula, Stable-DINO Eq. 2 has it without alpha). All layers at once, and only with
     the image's own ground truths; the official code computes every image against the boxes of the whole batch.
+
+    Stable-DINO's official code keeps s' in a table of queries x classes, over the whole batch: a later ground truth
+    of the same class overwrites an earlier one, also of another image, and pairs are judged by a foreign box. It also
+    scales the table of an image to a maximum of 1. Here each pair has its own s', as in the paper.
     """
-    # Only the columns of classes that are present matter: M of C, before any arithmetic.
-    p = pred_logits[..., gt_labels].sigmoid()                                                       # (L, N, M)
-    positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
-    negative = 0.75 * p ** 2 * -(1 - p + 1e-8).log()
     boxes = pred_boxes.flatten(0, 1)                                                                # (L*N, 4)
-    l1 = torch.cdist(boxes, gt_boxes, p=1).view_as(p)
-    giou = generalized_box_iou(box_convert(boxes, 'cxcywh', 'xyxy'), box_convert(gt_boxes, 'cxcywh', 'xyxy'))
-    return 2 * (positive - negative) + 5 * l1 - 2 * giou.view_as(p)
+    l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], -1)                          # (L, N, M)
+    giou = generalized_box_iou(box_convert(boxes, 'cxcywh', 'xyxy'),
+                               box_convert(gt_boxes, 'cxcywh', 'xyxy')).view_as(l1)
+    # Only the columns of classes that are present matter: M of C, before any arithmetic.
+    p = class_scores(pred_logits, True)[..., gt_labels] if how.softmax else pred_logits[..., gt_labels].sigmoid()
+    alpha = 0.25, 0.75
+    if how.kind == 'stable':   # a query with a bad box is not taken for its score
+        p = p * ((giou + 1) / 2).clamp(min=0) ** how.f2
+        alpha = alpha if how.official else (1.0, 1.0)
+    if how.softmax:
+        of_class = -p
+    else:
+        of_class = alpha[0] * (1 - p) ** 2 * -(p + 1e-8).log() - alpha[1] * p ** 2 * -(1 - p + 1e-8).log()
+    return how.class_weight * of_class + 5 * l1 - 2 * giou
 
 
 def one_to_many(cost: Tensor, copies: int) -> tuple[Tensor, Tensor]:
@@ -151,12 +182,64 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
         for group in groups:
             rows = cost[:, first_query:first_query + group.queries]
             for layer, copies in enumerate(group.copies):
-                query_idx, gt_idx = one_to_many(rows[layer], copies)
+                query_idx, gt_idx = (known_pairs(group.queries, copies, cost.shape[2]) if group.denoising else
+                                     one_to_many(rows[layer], copies))
                 here = torch.tensor([[layer], [image]]).expand(2, len(query_idx))
                 found.append(torch.cat([here, query_idx[None] + first_query, gt_idx[None] + first_gt]))
             first_query += group.queries
         first_gt += cost.shape[2]
     return Matches(*torch.cat(found, 1))
+
+
+class Denoising(NamedTuple):
+    """Queries made from ground truths: `groups` times m of them with little noise, then m with much (`m` in the code:
+    the most boxes of an image; images with fewer leave slots empty)."""
+    labels: Tensor   # (B, groups*2*m) int64, C at empty slots
+    boxes: Tensor    # (B, groups*2*m, 4)
+    groups: int
+
+    def query_group(self, layers: int) -> QueryGroup:
+        """As one more group of the row: every ground truth has a copy in each denoising group."""
+        return QueryGroup(self.labels.shape[1], (self.groups,) * layers, denoising=True)
+
+
+def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], num_classes: int, number: int = 100,
+                      label_noise: float = 0.5, box_noise: float = 1.0) -> Denoising:
+    """Contrastive denoising (DINO; used by Stable-DINO and DEIM): boxes and labels with noise, to be restored.
+
+    number: about how many ground truths to repeat, over max(1, number // m) groups. A label is drawn anew with
+    probability label_noise / 2. Each corner moves by r * half the box's width or height * box_noise, to either side:
+    r in 0..1 for the first m queries of a group, which answer for their ground truths, and in 1..2 for the other m,
+    which are near misses and have to learn "nothing here". Corners that cross are put in order (as in DEIM's code).
+    Without any box one group of empty slots is left, so that every step runs the same graph (as DINO's own code).
+    Stable-DINO's released settings draw r in 0..1 for both halves, i.e. without the contrast; the paper names DINO's.
+    It goes with every scheme. H-DETR's authors expect it to conflict with hybrid matching, as both add positives; the
+    denoising task in each group that Group DETR mentions (footnote 3) is in no released code, and not here.
+    """
+    B, m = len(gt_labels), max(1, *map(len, gt_labels))
+    G = max(1, number // m) if any(map(len, gt_labels)) else 1
+    # An image of m boxes more, dropped again, sets the length.
+    filler = gt_labels[0].new_empty(m), gt_boxes[0].new_empty(m, 4)
+    labels = pad_sequence([*gt_labels, filler[0]], True, num_classes)[:B]                               # (B, m)
+    boxes = pad_sequence([*gt_boxes, filler[1]], True, 0.5)[:B]                                         # (B, m, 4)
+    labels, boxes = (x[:, None, None].expand(B, G, 2, *x.shape[1:]) for x in (labels, boxes))
+    empty = labels == num_classes
+    anew = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & ~empty
+    labels = torch.where(anew, torch.randint_like(labels, num_classes), labels)
+
+    far = torch.tensor([0.0, 1.0], device=boxes.device).view(2, 1, 1)
+    sign = torch.randint_like(boxes, 2) * 2 - 1
+    shift = sign * (torch.rand_like(boxes) + far) * boxes[..., 2:].repeat(1, 1, 1, 1, 2) / 2 * box_noise
+    corners = (box_convert(boxes, 'cxcywh', 'xyxy') + shift).clamp(0, 1)
+    low, high = torch.minimum(corners[..., :2], corners[..., 2:]), torch.maximum(corners[..., :2], corners[..., 2:])
+    boxes = torch.where(empty[..., None], boxes, box_convert(torch.cat([low, high], -1), 'xyxy', 'cxcywh'))
+    return Denoising(labels.flatten(1), boxes.flatten(1, 3), G)
+
+
+def known_pairs(queries: int, groups: int, M: int) -> tuple[Tensor, Tensor]:
+    """Slot j of each denoising group answers for ground truth j: -> query_idx, gt_idx, of an image with M boxes."""
+    first = torch.arange(groups) * (queries // groups)
+    return (first[:, None] + torch.arange(M)).flatten(), torch.arange(M).repeat(groups)
 
 
 def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
@@ -167,13 +250,13 @@ def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[Qu
     """
     if heads == 1:
         return [QueryGroup(tokens, (1,))]
-    return [QueryGroup(tokens, (group.proposal_copies,), group.weight) for group in groups]
+    return [QueryGroup(tokens, (group.proposal_copies,), group.weight) for group in groups if not group.denoising]
 
 
 @torch.no_grad()   # an assignment is a choice, not a function: no gradient goes through it, only through the losses
 def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encoder_boxes: Tensor,
           gt_labels: list[Tensor], gt_boxes: list[Tensor], groups: list[QueryGroup],
-          proposal_groups: list[QueryGroup]) -> tuple[Matches, Matches]:
+          proposal_groups: list[QueryGroup], how: Cost = Cost()) -> tuple[Matches, Matches]:
     """Match all layers, images and groups of a training step, and the encoder's proposals: -> (decoder, encoder).
 
     pred_* (L,B,N,.), encoder_* (1,B,E*S,.), gt_* B tensors (M_b,) and (M_b,4), groups and proposal_groups: how the
@@ -183,9 +266,12 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     Raises FloatingPointError, with the part, image and layer, if a logit or a cost is not finite.
     """
     images = range(len(gt_boxes))
-    costs = [matching_cost(pred_logits[:, b], pred_boxes[:, b], gt_labels[b], gt_boxes[b]) for b in images]
-    costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b])
-              for b in images]
+    rows = sum(group.queries for group in groups if not group.denoising)   # denoising queries come last
+    costs = [matching_cost(pred_logits[:, b, :rows], pred_boxes[:, b, :rows], gt_labels[b], gt_boxes[b], how)
+             for b in images]
+    encoder_how = how._replace(softmax=False, class_weight=2.0) if how.softmax else how   # as in losses.criterion
+    costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b],
+                            encoder_how) for b in images]
     sums = torch.cat([pred_logits.sum((2, 3)), encoder_logits.sum((2, 3))])   # (L+1, B): not finite if any logit is not
     on_gpu = [*costs, sums]
     flat = torch.cat([x.flatten() for x in on_gpu]).cpu()

@@ -7,6 +7,7 @@ W times, each process with --batch-size images of its own.
 Letters as in the other files: B images, L decoder layers, N queries, K copies, G groups, P matched pairs.
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -20,20 +21,25 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
-from data import FirstImages, UserError, open_dataset, train_loader
+from data import DENSE, DenseOneToOne, FirstImages, UserError, open_dataset, train_loader
 from hybrid_detr import HybridDETR, official_name
-from losses import criterion
-from matchers import encoder_groups, expected_positives, match, query_groups
+from losses import F1, LossSettings, criterion
+from matchers import class_scores, denoising_queries, encoder_groups, expected_positives, match, query_groups
 
 # --- Settings: what is not given as a flag comes from here ----------------------------------------------------------
 
 COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, clip=0.1, weight_decay=1e-4, dropout=0.0,
               mixed_selection=True, look_forward_twice=True, separate_attention=True, pretrained=True, eval_every=None,
-              overfit=0, vertical_flip=False, init=None)
+              overfit=0, vertical_flip=False, init=None, cls_loss='focal', mal_gamma=1.5, f1='s2', rescale='one',
+              official_losses=False, cost='focal', f2=0.5, fusion='none', denoising=0, dense_o2o=False, ema=0.0,
+              unstable=0)
 TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine', warmup=0.05, ffn=256,
             pretrained=False)
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
+CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)   # the papers'; bce has none
+# DEIM's codes average over the last 10,000 of 440,000 steps; `tiny` over the same part of its few steps, roughly.
+EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}   # tiny or not
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, decoder_layers=6, levels=4)
 
@@ -47,12 +53,19 @@ TINY_ROWS = {'one2one': dict(n=50), 'branch': dict(n=50, T=150, K=6, weight=1.0)
              'group': dict(n=50, G=4), 'one2many': dict(n=200, K=6)}
 ROW_NUMBERS = ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G')
 
+# The papers that change no assignment are switches, which go with every scheme; a preset is one2one with the paper's.
+# Both were built on detectors with contrastive denoising (DINO, RT-DETRv2).
+PRESETS = {'stable': dict(cls_loss='stable', class_weight=6.0, cost='stable', fusion='dense', denoising=100),
+           'deim': dict(cls_loss='mal', class_weight=1.0, mal_gamma=1.5, dense_o2o=True, schedule='flat-cosine',
+                        ema=True, denoising=100)}
+
 
 def parse(argv: list[str] | None = None) -> dict:
     """The flags that were given, by name; `complete` fills in the others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group('what to train')
-    group.add_argument('--scheme', help=f'matching scheme: {", ".join(PAPER_ROWS)} (default branch)')
+    group.add_argument('--scheme', help=f'matching scheme: {", ".join(PAPER_ROWS)} (default branch); or a preset of '
+                                        f'the switches below: {", ".join(PRESETS)}')
     group.add_argument('--data', help="'shapes', made on the fly, or a folder in the COCO layout (default shapes)")
     group.add_argument('--model', help='tiny, r50, or a ResNet or Swin of torchvision by name (default tiny)')
     group.add_argument('--overfit', type=int, metavar='N', help='train and evaluate on the first N training images')
@@ -70,6 +83,28 @@ def parse(argv: list[str] | None = None) -> dict:
                             'group has (H-DETR App. D)')
     group.add_argument('--no-separate-attention', dest='separate_attention', action='store_false',
                        help='let the groups see each other in training (Group DETR Table 7 c)')
+    group = parser.add_argument_group('what a match is worth: Stable-DINO and DEIM, with every scheme')
+    group.add_argument('--cls-loss', choices=tuple(CLASS_WEIGHTS), help='classification loss (default focal)')
+    group.add_argument('--class-weight', type=float, help='its weight (default focal 2, stable 6, the others 1)')
+    group.add_argument('--mal-gamma', type=float, help='mal: exponent (default 1.5)')
+    group.add_argument('--f1', choices=tuple(F1), help='stable: what supervises a score, of IoU s and score p '
+                                                       '(Stable-DINO Table 7; default s2, the square)')
+    group.add_argument('--rescale', choices=('one', 'max-iou', 'none'),
+                       help='stable: what the largest target of an image is scaled to (§2.2; default one)')
+    group.add_argument('--official-losses', action='store_true',
+                       help="vfl, mal, stable loss and stable cost in the released codes' form instead of the papers'")
+    group.add_argument('--cost', choices=('focal', 'stable'),
+                       help='matching cost; stable: scores count as much as the box is good (Stable-DINO Eq. 4)')
+    group.add_argument('--cost-class', type=float, help='weight of its class part (default 2; ce 1)')
+    group.add_argument('--f2', type=float, help="stable cost: exponent of the box's quality (default 0.5)")
+    group.add_argument('--fusion', choices=('none', 'simple', 'ulike', 'dense'),
+                       help='join backbone and encoder features (Stable-DINO §3; default none)')
+    group.add_argument('--denoising', type=int, nargs='?', const=100, metavar='N',
+                       help='contrastive denoising of about N ground truths an image (N default 100; without: 0)')
+    group.add_argument('--dense-o2o', action=argparse.BooleanOptionalAction,
+                       help='mosaic and mixup in the first half of training (DEIM), but not at its very start')
+    group.add_argument('--ema', type=float, nargs='?', const=True, metavar='DECAY',
+                       help='evaluate and save a moving average of the weights (DECAY default 0.9999, tiny 0.98)')
     group = parser.add_argument_group('model: the switches of H-DETR Table 8')
     group.add_argument('--ffn', type=int, help='width of the feed-forward layers (tiny 256, else 2048)')
     group.add_argument('--dropout', type=float, help='dropout in the transformer (default 0)')
@@ -86,7 +121,8 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--epochs', type=float, help='passes over the training images (default 12 if not tiny)')
     group.add_argument('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
     group.add_argument('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
-    group.add_argument('--schedule', choices=('step', 'cosine'), help='x0.1 for the last twelfth, or cosine (tiny)')
+    group.add_argument('--schedule', choices=('step', 'cosine', 'flat-cosine'),
+                       help='x0.1 for the last twelfth; cosine (tiny); or constant, then cosine to one half (DEIM)')
     group.add_argument('--warmup', type=float, help='part of training in which the learning rate rises')
     group.add_argument('--weight-decay', type=float, help='of AdamW (default 1e-4)')
     group.add_argument('--clip', type=float, help='largest norm of the gradient (default 0.1)')
@@ -96,6 +132,9 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, settings unchanged')
     group.add_argument('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
     group.add_argument('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
+    group.add_argument('--unstable', type=int, metavar='N',
+                       help='log the unstable score of each decoder layer on N images at evaluations (default 0: not)')
+    group.add_argument('--samples', metavar='FILE', help='draw what this run would train on to a PNG, and stop')
     group.add_argument('--workers', type=int, help='processes that load images (default 2)')
     group.add_argument('--device', choices=('cuda', 'cpu'), help='default cuda if there is one')
     return vars(parser.parse_args(argv))
@@ -109,27 +148,39 @@ def complete(given: dict) -> dict:
     """Fill in the flags that were not given, by model and scheme. Raises UserError for values that make no sense."""
     scheme, tiny = given.get('scheme', COMMON['scheme']), given.get('model', COMMON['model']) == 'tiny'
     rows = TINY_ROWS if tiny else PAPER_ROWS
-    if scheme not in rows:
-        raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)}')
+    if scheme not in rows and scheme not in PRESETS:
+        raise UserError(f'--scheme {scheme}: choose from {", ".join((*rows, *PRESETS))}')
+    row = rows['one2one' if scheme in PRESETS else scheme]
     for name in ROW_NUMBERS:
-        if name in given and name not in rows[scheme]:
-            known = ', '.join(map(flag, rows[scheme]))
-            raise UserError(f'{flag(name)} {given[name]}: scheme {scheme} only has {known}')
+        if name in given and name not in row:
+            raise UserError(f'{flag(name)} {given[name]}: scheme {scheme} only has {", ".join(map(flag, row))}')
     photos = TINY_PHOTOS if tiny and given.get('data', COMMON['data']) != 'shapes' else {}
-    settings = {'selection': 'heads' if scheme == 'group' else 'ranks',
-                **COMMON, **(TINY if tiny else PAPER), **photos, **rows[scheme], **given}
+    settings = {'selection': 'heads' if scheme == 'group' else 'ranks', **COMMON, **(TINY if tiny else PAPER), **photos,
+                **row, **PRESETS.get(scheme, {}), **given}
+    settings.setdefault('class_weight', CLASS_WEIGHTS[settings['cls_loss']])
+    settings.setdefault('cost_class', 1.0 if settings['cls_loss'] == 'ce' else 2.0)
+    if settings['schedule'] == 'flat-cosine' and not tiny:
+        settings['warmup'] = given.get('warmup', 0.005)   # DEIM's 2000 of 440,000 steps
+    if settings['ema'] is True:
+        settings['ema'] = EMA[tiny]['decay']
+    for name, needs in dict(f1='stable', rescale='stable', mal_gamma='mal').items():
+        if name in given and settings['cls_loss'] != needs:
+            raise UserError(f'{flag(name)} {given[name]}: only --cls-loss {needs} has it')
+    if 'f2' in given and settings['cost'] != 'stable':
+        raise UserError(f'--f2 {given["f2"]}: only --cost stable has it')
     if 'steps' in given and 'epochs' in given:
         raise UserError('--steps and --epochs: give one of them')
     if 'epochs' in given:
         settings.pop('steps', None)
     for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
-                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0).items():
+                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=0,
+                            cost_class=0, f2=0, denoising=0, ema=0, unstable=0).items():
         if not settings.get(name, least) >= least:   # so that nan fails, too
             raise UserError(f'{flag(name)} {settings[name]}: must be at least {least}')
     for name in ('epochs', 'eval_every', 'clip'):
         if settings.get(name) is not None and not settings[name] > 0:
             raise UserError(f'{flag(name)} {settings[name]}: must be above 0')
-    for name in ('rho', 'dropout', 'warmup'):
+    for name in ('rho', 'dropout', 'warmup', 'ema'):
         if not settings.get(name, 0) <= 1:
             raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
     layers = (TINY_MODEL if tiny else PAPER_MODEL)['decoder_layers']
@@ -141,19 +192,26 @@ def complete(given: dict) -> dict:
 
 
 def row_of(settings: dict) -> dict:
-    return {name: settings[name] for name in ROW_NUMBERS if name in settings}
+    """The arguments of matchers.query_groups."""
+    scheme = 'one2one' if settings['scheme'] in PRESETS else settings['scheme']
+    return {'scheme': scheme, **{name: settings[name] for name in ROW_NUMBERS if name in settings}}
 
 
 def architecture(settings: dict, num_classes: int) -> dict:
     """The arguments of HybridDETR, which a checkpoint has to remember."""
     tiny = settings['model'] == 'tiny'
     size = TINY_MODEL if tiny else PAPER_MODEL
-    groups = query_groups(settings['scheme'], size['decoder_layers'], **row_of(settings))
-    switches = ('ffn', 'dropout', 'mixed_selection', 'look_forward_twice', 'separate_attention', 'selection')
+    groups = query_groups(layers=size['decoder_layers'], **row_of(settings))
+    switches = ('ffn', 'dropout', 'mixed_selection', 'look_forward_twice', 'separate_attention', 'selection', 'fusion')
     return dict(num_classes=num_classes, groups=[group.queries for group in groups],
                 backbone='resnet50' if settings['model'] == 'r50' else settings['model'],
-                frozen_backbone=settings['pretrained'],
-                **{name: settings[name] for name in switches}, **size)
+                frozen_backbone=settings['pretrained'], denoising=settings['denoising'] > 0,
+                softmax=settings['cls_loss'] == 'ce', **{name: settings[name] for name in switches}, **size)
+
+
+def loss_settings(settings: dict) -> LossSettings:
+    return LossSettings(settings['cls_loss'], settings['class_weight'], mal_gamma=settings['mal_gamma'],
+                        f1=settings['f1'], rescale=settings['rescale'], official=settings['official_losses'])
 
 
 # --- What a run starts with -----------------------------------------------------------------------------------------
@@ -161,7 +219,7 @@ def architecture(settings: dict, num_classes: int) -> dict:
 def open_data(settings: dict):
     """-> training set, validation set. Raises UserError if they do not have the same categories."""
     common = dict(size=settings['image_size'], seed=settings['seed'])
-    if settings['overfit']:
+    if settings['overfit']:   # as they are, without augmentation
         few = FirstImages(open_dataset(settings['data'], 'train', **common), settings['overfit'])
         return few, few
     train_set = open_dataset(settings['data'], 'train', **common, augment=True, vertical_flip=settings['vertical_flip'])
@@ -169,7 +227,20 @@ def open_data(settings: dict):
     if (train_set.categories.ids, train_set.categories.names) != (val_set.categories.ids, val_set.categories.names):
         raise UserError(f'{settings["data"]}: training and validation annotations have other categories '
                         f'({len(train_set.categories)} and {len(val_set.categories)} of them)')
+    if settings['dense_o2o']:
+        train_set = DenseOneToOne(train_set, settings['image_size'], settings['vertical_flip'], settings['seed'])
     return train_set, val_set
+
+
+def draw_samples(settings: dict, file: str, n: int = 8) -> None:
+    """Draw n images as the run trains on them, with --dense-o2o from the middle of its dense part, to a PNG."""
+    train_set, _ = open_data(settings)
+    dense = (True,) if settings['dense_o2o'] else ()
+    samples = [train_set[0, index, *dense] for index in range(min(n, len(train_set)))]
+    names = train_set.categories.names
+    pictures = [evaluation.draw_boxes(evaluation.as_picture(s.image), s.boxes, s.labels.tolist(),
+                                      [names[label] for label in s.labels.tolist()]) for s in samples]
+    evaluation.save_grid([pictures[i:i + 4] for i in range(0, len(pictures), 4)], file)
 
 
 def build_model(settings: dict, num_classes: int) -> HybridDETR:
@@ -227,10 +298,35 @@ def parameter_groups(model: HybridDETR, settings: dict) -> list[dict]:
 def lr_factor(settings: dict, progress: float) -> float:
     """What the learning rate is multiplied by at `progress` 0..1; follows from the step alone, so nothing to save."""
     if progress < settings['warmup']:
+        if settings['schedule'] == 'flat-cosine':
+            return (progress / settings['warmup']) ** 2
         return (progress + 1e-3) / (settings['warmup'] + 1e-3)
     if settings['schedule'] == 'step':   # epoch 11 of 12; the papers' longer runs drop it at about the same part
         return 1.0 if progress < 11 / 12 else 0.1
+    if settings['schedule'] == 'flat-cosine':
+        return flat_cosine(progress)
     return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)))
+
+
+def flat_cosine(progress: float, flat: float = DENSE[1], end: float = 58 / 60, gamma: float = 0.5) -> float:
+    """DEIM's schedule after its quadratic warm-up: constant until `flat`, where mosaic and mixup end, then a cosine
+    down to gamma at `end`, and constant. The parts of training are those of its RT-DETRv2 R50 (official code)."""
+    along = min(max((progress - flat) / (end - flat), 0.0), 1.0)
+    return gamma + (1 - gamma) * 0.5 * (1 + math.cos(math.pi * along))
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float, warmup: float) -> None:
+    """average = d * average + (1-d) * model, d = decay * (1 - exp(-step / warmup)) after step 1, 2, ... (DEIM's code).
+
+    d starts at 0, so that the first weights, which know nothing, are forgotten. Buffers are averaged, too.
+    """
+    d = decay * (1 - math.exp(-step / warmup))
+    for mean, new in zip(average.state_dict().values(), model.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(new, 1 - d)
+        else:
+            mean.copy_(new)
 
 
 def new_folder(settings: dict) -> Path:
@@ -269,14 +365,18 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
 
 
 def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
-    """Print the scheme's row of the table, and what it promises."""
-    scheme, row = settings['scheme'], row_of(settings)
-    groups = query_groups(scheme, layers, **row)
-    print(f'  scheme {scheme}: ' + ', '.join(f'{flag(name)[2:]} {value:.3g}' for name, value in row.items()))
+    """Print the scheme's row of the table, what it promises, and what a preset sets."""
+    row = row_of(settings)
+    groups = query_groups(layers=layers, **row)
+    print('  ' + ', '.join(f'{flag(name)[2:]} {value if name == "scheme" else f"{value:.3g}"}'
+                           for name, value in row.items()))
+    if settings['scheme'] in PRESETS:
+        print(f'  preset {settings["scheme"]}: '
+              + ' '.join(f'{flag(name)} {settings[name]}' for name in PRESETS[settings['scheme']]))
     for group in dict.fromkeys(groups):   # equal groups once
         print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
               f'{group.copies}, weight {group.weight:.3g}')
-    each, whole = (expected_positives(scheme, layers, n, **row) for n in (1, epochs))
+    each, whole = (expected_positives(layers=layers, epochs=n, **row) for n in (1, epochs))
     print(f'  positives of a ground truth: {each:.3g} an epoch, {whole:.3g} in the whole training')
 
 
@@ -288,11 +388,11 @@ def save(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
-def matching_stats(outputs, matches, labels, iou, n: int) -> torch.Tensor:
+def matching_stats(outputs, matches, labels, iou, n: int, softmax: bool = False) -> torch.Tensor:
     """What the matching did with the detector, the n queries of the first group, in the last layer: sum of the IoU of
     its pairs, sum of their scores for the matched class, their number; the best score of an unmatched query, mean over
     the images; and P, all groups and layers. Without boolean indexing, which would wait for the GPU."""
-    scores = outputs.pred_logits[-1].detach().sigmoid()                                                 # (B, N, C)
+    scores = class_scores(outputs.pred_logits[-1].detach(), softmax)                                    # (B, N, C)
     final = (matches.layer == len(outputs.pred_logits) - 1) & (matches.query < n)                       # (P,)
     of_pairs = scores[matches.image, matches.query, labels[matches.gt]] * final
     matched = torch.zeros_like(scores[..., 0])                                                          # (B, N)
@@ -313,8 +413,12 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
-    workers = given.pop('workers', 2)
+    workers, samples = given.pop('workers', 2), given.pop('samples', None)
     settings, folder, checkpoint = new_or_resumed(given)
+    if samples:
+        draw_samples(settings, samples)
+        print(f'picture: {samples}')
+        return
     torch.manual_seed(settings['seed'])
 
     train_set, val_set = open_data(settings)
@@ -331,7 +435,10 @@ def main(argv: list[str] | None = None) -> None:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
         start = checkpoint['step']
-    trained = model
+    average = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None
+    if checkpoint and average:
+        model.load_state_dict(checkpoint['trained_model'])   # 'model' is what is evaluated, here the average
+    detector, trained = average or model, model
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         trained = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
@@ -342,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
     eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
     save_every = max(steps_per_epoch, 50)   # once an epoch, but not all the time if an epoch is a few steps
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
-    layers = len(model.decoder)
+    layers, loss, cost = len(model.decoder), loss_settings(settings), evaluation.cost_of(settings)
     if rank == 0:
         print(f'{folder}: steps {start} to {steps} of {batch_size * world} images on {device}, '
               f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
@@ -367,12 +474,14 @@ def main(argv: list[str] | None = None) -> None:
 
     def evaluate(done: int, told: str = '') -> None:
         if world > 1:   # batch norm counts for itself in each process: all evaluate what will be saved
-            for buffer in model.buffers():
+            for buffer in detector.buffers():
                 dist.broadcast(buffer, 0)
-        rows = evaluation.detect(model, val_set, categories['ids'], batch_size=batch_size, workers=workers)
+        rows = evaluation.detect(detector, val_set, categories['ids'], batch_size=batch_size, workers=workers)
         if rank == 0:
             metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
             metrics['duplicates'] = evaluation.duplicate_rate(rows)
+            if settings['unstable']:
+                metrics['unstable'] = evaluation.unstable_score(detector, val_set, settings['unstable'], cost)
             log({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
             tqdm.write('step {}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates{}'
                        .format(done, told, **metrics))
@@ -384,8 +493,9 @@ def main(argv: list[str] | None = None) -> None:
     if missed[0]:
         evaluate(start)   # the run was stopped after this checkpoint, before its evaluation
 
+    dense = DENSE if isinstance(train_set, DenseOneToOne) else None
     loader = iter(train_loader(train_set, batch_size, steps, workers, settings['seed'], start, rank, world,
-                               pin=device.type == 'cuda'))
+                               pin=device.type == 'cuda', dense=dense))
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0, mininterval=1)
     recent, since = [], time.perf_counter()
     model.train()
@@ -399,15 +509,18 @@ def main(argv: list[str] | None = None) -> None:
         batch = next(loader).to(device)
 
         # All groups of the row at once; at inference only the first exists.
+        groups, noised = query_groups(layers=layers, progress=progress, **row_of(settings)), None
+        if settings['denoising']:
+            noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
+            groups.append(noised.query_group(layers))
         try:
-            outputs = trained(batch.images, batch.padding_mask)
+            outputs = trained(batch.images, batch.padding_mask, noised=noised)
         except ValueError as error:
             raise UserError(f'step {step}, {batch.names[0]}: {error}') from None
-        groups = query_groups(settings['scheme'], layers, progress, **row_of(settings))
         heads = len(model.encoder_class_heads)
         proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
         try:
-            matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals)
+            matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals, cost)
         except FloatingPointError as error:
             raise UserError(f'step {step}: {error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
         # What divides the loss: the boxes of all images, not of each, so that an empty image weighs nothing extra.
@@ -417,16 +530,18 @@ def main(argv: list[str] | None = None) -> None:
             dist.all_reduce(total)
             num_boxes = total.item() / world
         parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
-                               num_boxes)
+                               num_boxes, loss)
 
         optimizer.zero_grad(set_to_none=True)
         sum(parts.values()).backward()
         # The summed losses of all layers are large: clipping at 0.1 (official code) acts at nearly every step.
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
+        if average:
+            update_average(average, model, step + 1, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
 
         # Kept on the device: reading a number after every step would make the CPU wait for it.
-        stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups[0])
+        stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups[0], model.softmax)
         recent.append(torch.cat([torch.stack([part.detach() for part in parts.values()]), stats]))
         done = step + 1
         if done % 50 == 0 or done % eval_every == 0 or done == steps:
@@ -445,7 +560,8 @@ def main(argv: list[str] | None = None) -> None:
         # Before the evaluation: whatever goes wrong there, the training is kept.
         if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps):
             save(checkpoint_file, {
-                'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                'model': detector.state_dict(), 'optimizer': optimizer.state_dict(),
+                **({'trained_model': model.state_dict()} if average else {}),
                 'step': done, 'settings': settings, 'categories': categories,
                 'architecture': architecture(settings, len(categories['ids']))})
         if done % eval_every == 0 or done == steps:
@@ -455,7 +571,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if rank == 0:
         picture = folder / 'predictions.png'
-        evaluation.draw_predictions(model, val_set, categories['ids'], picture)
+        evaluation.draw_predictions(detector, val_set, categories['ids'], picture)
         print(f'checkpoint: {checkpoint_file}\npicture:    {picture}\n'
               f'look:       python eval.py --weights {checkpoint_file} --pictures 8')
     if world > 1:
