@@ -50,12 +50,13 @@ from torch import Tensor
 from torchvision.ops import box_area, box_convert, box_iou, generalized_box_iou_loss
 
 
+L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0   # in all of the papers
+
+
 class LossSettings(NamedTuple):
-    """What the parts of the loss are, and weigh. 2, 5 and 2 are Deformable DETR's and H-DETR's."""
+    """What the class loss is, and weighs."""
     cls_loss: str = 'focal'     # ce, bce, focal, vfl, mal or stable
     class_weight: float = 2.0   # the papers': ce 1, focal 2, vfl and mal 1 (DEIM), stable 6 (Stable-DINO §4.1)
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
     mal_gamma: float = 1.5      # g above (official code of DEIM; the slides give none)
     f1: str = 's2'              # stable: a name of F1
     rescale: str = 'one'        # stable: one, max-iou or none
@@ -77,8 +78,7 @@ def focal_loss(logits: Tensor, matched: Tensor, alpha: float = 0.25, gamma: floa
 def vfl_loss(logits: Tensor, matched: Tensor, iou: Tensor, alpha: float = 0.75, gamma: float = 2.0,
              official: bool = False) -> Tensor:
     """Varifocal loss (DEIM slides): good matches weigh more, and a match without overlap is as good as none."""
-    p = logits.sigmoid()
-    weight = torch.where(iou > 0, iou, alpha * p ** gamma)
+    weight = torch.where(iou > 0, iou, alpha * logits.sigmoid() ** gamma)
     if official:
         weight = torch.where(matched > 0, iou, weight).detach()
     return weight * bce_loss(logits, iou)
@@ -111,6 +111,13 @@ def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Te
     weight = found + no_object * (1 - found)
     return -(target * logits.log_softmax(-1)).sum(-1) * weight, weight
 
+
+CLASS_LOSSES = {   # but for ce: logits, matched, and IoU or stable's target, of one shape -> the loss of every entry
+    'bce': lambda x, matched, s, how: bce_loss(x, matched),
+    'focal': lambda x, matched, s, how: focal_loss(x, matched),
+    'vfl': lambda x, matched, s, how: vfl_loss(x, matched, s, official=how.official),
+    'mal': lambda x, matched, s, how: mal_loss(x, matched, s, how.mal_gamma, how.official),
+    'stable': lambda x, matched, s, how: stable_loss(x, matched, s, official=how.official)}
 
 # Stable-DINO Table 7: what a matched query's score is supervised with; s its IoU, p its score. AP, the paper's, beside.
 F1 = {'s0.5': lambda s, p: s ** 0.5,               # 49.3
@@ -191,24 +198,20 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
     def at_matches(value: Tensor) -> Tensor:
         return logits.new_zeros(shape).index_put((layer, image, query, label), value.to(logits.dtype))
 
-    matched = at_matches(torch.ones_like(iou))
+    matched, quality = at_matches(torch.ones_like(iou)), iou
+    if how.cls_loss == 'stable':
+        owner = (layer * B + image) * len(groups) + group_of[query]
+        best = largest_iou(boxes, gt_boxes, sizes) if how.rescale == 'max-iou' else boxes.new_empty(L, B, len(groups))
+        score = logits[layer, image, query, label].sigmoid()
+        quality = stable_target(iou, score, owner, best.flatten(), how.f1, how.rescale)
     if how.cls_loss == 'ce':
         losses, weights = ce_loss(logits, matched)                                                      # (L, B, N)
         divisor = torch.stack([part.sum((1, 2)) for part in weights.split(sizes, 2)], 1)                # (L, G)
         scale = (torch.tensor([group.weight for group in groups]).to(divisor) / divisor)[:, group_of]
-    elif how.cls_loss == 'stable':
-        best = largest_iou(boxes, gt_boxes, sizes) if how.rescale == 'max-iou' else boxes.new_empty(L, B, len(groups))
-        target = stable_target(iou, logits[layer, image, query, label].sigmoid(), ((layer * B) + image) * len(groups)
-                               + group_of[query], best.flatten(), how.f1, how.rescale)
-        losses = stable_loss(logits, matched, at_matches(target), official=how.official).sum(-1)
     else:
-        losses = {'bce': lambda: bce_loss(logits, matched),
-                  'focal': lambda: focal_loss(logits, matched),
-                  'vfl': lambda: vfl_loss(logits, matched, at_matches(iou), official=how.official),
-                  'mal': lambda: mal_loss(logits, matched, at_matches(iou), how.mal_gamma, how.official),
-                  }[how.cls_loss]().sum(-1)
+        losses = CLASS_LOSSES[how.cls_loss](logits, matched, at_matches(quality), how).sum(-1)
     class_loss = (losses.sum(1) * scale).sum()
-    return how.class_weight * class_loss, how.l1_weight * l1_loss, how.giou_weight * giou_loss, iou
+    return how.class_weight * class_loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou
 
 
 def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], matches, encoder_matches, groups,
@@ -224,58 +227,46 @@ def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], 
     # DETR had no encoder proposals, and softmax no score that ranks them: they keep the focal loss.
     encoder_how = how._replace(cls_loss='focal', class_weight=2.0) if how.cls_loss == 'ce' else how
     object_or_not = [torch.zeros_like(labels) for labels in gt_labels]
-    parts = {}
-    parts['class'], parts['l1'], parts['giou'], iou = set_loss(
-        pred_logits, pred_boxes, gt_labels, gt_boxes, matches, groups, num_boxes, how)
-    parts['encoder_class'], parts['encoder_l1'], parts['encoder_giou'], _ = set_loss(
-        encoder_logits, encoder_boxes, object_or_not, gt_boxes, encoder_matches, proposal_groups, num_boxes,
-        encoder_how)
-    return parts, iou
+    *decoder, iou = set_loss(pred_logits, pred_boxes, gt_labels, gt_boxes, matches, groups, num_boxes, how)
+    *encoder, _ = set_loss(encoder_logits, encoder_boxes, object_or_not, gt_boxes, encoder_matches, proposal_groups,
+                           num_boxes, encoder_how)
+    names = ('class', 'l1', 'giou', 'encoder_class', 'encoder_l1', 'encoder_giou')
+    return dict(zip(names, (*decoder, *encoder))), iou
 
 
 # --- The example of the docstring, printed and drawn ----------------------------------------------------------------
 
-LOSSES = {'ce': lambda x, y, s: ce_loss(torch.stack([x, torch.zeros_like(x)], -1), y[..., None])[0],
-          'bce': lambda x, y, s: bce_loss(x, y), 'focal': lambda x, y, s: focal_loss(x, y),
-          'vfl': vfl_loss, 'mal': mal_loss, 'stable': lambda x, y, s: stable_loss(x, y, F1['s2'](s, None))}
-
-
 def curve(name: str, p: Tensor, iou: float | None) -> tuple[Tensor, Tensor]:
     """Loss and its gradient by the logit of queries with scores p (n,), matched at this IoU, or not (None)."""
-    logits = torch.logit(p).requires_grad_()
-    loss = LOSSES[name](logits, torch.full_like(p, iou is not None), torch.full_like(p, iou or 0.0))
-    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+    x, matched, s = torch.logit(p).requires_grad_(), torch.full_like(p, iou is not None), torch.full_like(p, iou or 0.0)
+    if name == 'ce':   # one class against "no object"
+        loss, _ = ce_loss(torch.stack([x, torch.zeros_like(x)], -1), matched[:, None])
+    else:
+        loss = CLASS_LOSSES[name](x, matched, F1['s2'](s, p) if name == 'stable' else s, LossSettings())
+    return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
 
 
 def draw(file: str) -> None:
-    """A panel for each loss: loss over score, a line for each IoU of the match."""
+    """A panel for each loss: loss over score, a line for each IoU of the match, a thin one for no match."""
     from PIL import Image, ImageDraw, ImageFont
-    colours = {0.0: '#D55E00', 0.5: '#E69F00', 0.75: '#56B4E9', 1.0: '#0072B2', None: '#000000'}
+    lines = {0.0: ('#D55E00', 8), 0.5: ('#E69F00', 8), 0.75: ('#56B4E9', 8), 1.0: ('#0072B2', 8), None: ('black', 4)}
     large, small = (ImageFont.load_default(size=size) for size in (40, 30))
     image = Image.new('RGB', (2400, 1500), 'white')   # twice the final size, for smooth lines
-    pen, p, top = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199), 3.0
-    for i, name in enumerate(LOSSES):
+    pen, p = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199)
+    for i, name in enumerate(('ce', *CLASS_LOSSES)):
         x, y, width, height = i % 3 * 790 + 90, i // 3 * 690 + 80, 660, 500
         pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
         pen.text((x + width / 2, y - 12), name, 'black', large, anchor='ms')
-        for tick in (0, 0.5, 1):
-            pen.text((x + tick * width, y + height + 12), f'{tick:g}', '#555555', small, anchor='ma')
-        for tick in (0, 1, 2, 3):
-            pen.text((x - 12, y + height * (1 - tick / top)), str(tick), '#555555', small, anchor='rm')
-        for iou, colour in colours.items():
-            loss = curve(name, p, iou)[0]
-            points = [(x + width * a, y + height * (1 - b / top)) for a, b in zip(p.tolist(), loss.tolist()) if b < top]
-            if iou is None:   # dashed
-                for j in range(0, len(points) - 4, 8):
-                    pen.line(points[j:j + 4], colour, 6)
-            else:
-                pen.line(points, colour, 6)
-    offsets = (0, 350, 730, 1130, 1860)
-    for j, (iou, colour) in enumerate(colours.items()):
-        pen.line((50 + offsets[j], 1440, 130 + offsets[j], 1440), colour, 8)
-        text = 'not matched' if iou is None else f'match, IoU {iou:g}{", or any IoU in the first row" * (iou == 1)}'
-        pen.text((150 + offsets[j], 1440), text, 'black', small, anchor='lm')
-    pen.text((1200, 1380), 'loss of a query over its score p', 'black', small, anchor='mm')
+        for part in (0, 0.5, 1):
+            pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
+            pen.text((x - 12, y + (1 - part) * height), f'{3 * part:g}', '#555555', small, anchor='rm')
+        for iou, style in lines.items():
+            points = zip(p.tolist(), curve(name, p, iou)[0].tolist())
+            pen.line([(x + width * a, y + height * (1 - b / 3)) for a, b in points if b < 3], *style)
+    for j, (iou, style) in enumerate(lines.items()):
+        text = 'not matched' if iou is None else f'match, IoU {iou:g}{", first row: any" * (iou == 1)}'
+        pen.line((60 + 450 * j, 1420, 140 + 450 * j, 1420), *style)
+        pen.text((155 + 450 * j, 1420), text, 'black', small, anchor='lm')
     image.reduce(2).save(file)
 
 
@@ -287,7 +278,7 @@ if __name__ == '__main__':
     scores = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     print('loss and gradient by the logit (below 0: the score is pushed up)\n\n' + ' ' * 25
           + ''.join(f'p = {p:<13g}' for p in scores.tolist()))
-    for name in LOSSES:
+    for name in ('ce', *CLASS_LOSSES):
         by_iou = name in ('vfl', 'mal', 'stable')
         for iou in (*((0.0, 0.5, 0.75, 1.0) if by_iou else (1.0,)), None):
             what = 'not matched' if iou is None else f'match, IoU {iou:g}' if by_iou else 'match, any IoU'

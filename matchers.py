@@ -148,14 +148,11 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
                                box_convert(gt_boxes, 'cxcywh', 'xyxy')).view_as(l1)
     # Only the columns of classes that are present matter: M of C, before any arithmetic.
     p = class_scores(pred_logits, True)[..., gt_labels] if how.softmax else pred_logits[..., gt_labels].sigmoid()
-    alpha = 0.25, 0.75
     if how.kind == 'stable':   # a query with a bad box is not taken for its score
         p = p * ((giou + 1) / 2).clamp(min=0) ** how.f2
-        alpha = alpha if how.official else (1.0, 1.0)
-    if how.softmax:
-        of_class = -p
-    else:
-        of_class = alpha[0] * (1 - p) ** 2 * -(p + 1e-8).log() - alpha[1] * p ** 2 * -(1 - p + 1e-8).log()
+    a, b = (1.0, 1.0) if how.kind == 'stable' and not how.official else (0.25, 0.75)   # alpha, 1 - alpha
+    focal = a * (1 - p) ** 2 * -(p + 1e-8).log() - b * p ** 2 * -(1 - p + 1e-8).log()
+    of_class = -p if how.softmax else focal
     return how.class_weight * of_class + 5 * l1 - 2 * giou
 
 
@@ -263,7 +260,7 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     rows are cut. The encoder is matched with every label 0: it only ranks "object or not" (official code of H-DETR).
     The GPU is waited for once: all costs cross to the CPU in one transfer. The official code crosses once for each
     of the 6 + 6 layers of both branches and the encoder.
-    Raises FloatingPointError, with the part, image and layer, if a logit or a cost is not finite.
+    Raises FloatingPointError, with the part, image and layer, if a logit or a box is not finite.
     """
     images = range(len(gt_boxes))
     rows = sum(group.queries for group in groups if not group.denoising)   # denoising queries come last
@@ -272,24 +269,21 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     encoder_how = how._replace(softmax=False, class_weight=2.0) if how.softmax else how   # as in losses.criterion
     costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b],
                             encoder_how) for b in images]
-    sums = torch.cat([pred_logits.sum((2, 3)), encoder_logits.sum((2, 3))])   # (L+1, B): not finite if any logit is not
+    # (L+1, B): not finite if any logit or box is not.
+    sums = torch.cat([logits.sum((2, 3)) + boxes.sum((2, 3))
+                      for logits, boxes in ((pred_logits, pred_boxes), (encoder_logits, encoder_boxes))])
     on_gpu = [*costs, sums]
     flat = torch.cat([x.flatten() for x in on_gpu]).cpu()
     *on_cpu, sums = [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in on_gpu]), on_gpu)]
-    for b in images:
-        of_layers = torch.cat([on_cpu[b].flatten(1).sum(1), on_cpu[len(images) + b].flatten(1).sum(1)])   # (L+1,)
-        broken = (~(of_layers + sums[:, b]).isfinite()).nonzero()
-        if len(broken):
-            layer = int(broken[0])
-            where = 'the encoder' if layer == len(pred_logits) else f'decoder layer {layer}'
-            raise FloatingPointError(f'the predictions of {where} are not finite for image {b} of the batch')
+    for layer, image in (~sums.isfinite()).nonzero().tolist():
+        where = 'the encoder' if layer == len(pred_logits) else f'decoder layer {layer}'
+        raise FloatingPointError(f'the predictions of {where} are not finite for image {image} of the batch')
     decoder, encoder = assign(on_cpu[:len(images)], groups), assign(on_cpu[len(images):], proposal_groups)
     return tuple(Matches(*torch.stack(pairs).to(pred_logits.device, non_blocking=True)) for pairs in (decoder, encoder))
 
 
 # --- The example of the docstring, printed and drawn ----------------------------------------------------------------
 
-WORKERS = torch.tensor([[8.0, 4, 7], [5, 2, 3], [9, 4, 8]])
 TOY_COST = torch.tensor([[1.0, 2], [4, 3], [2, 1], [3, 6], [6, 5], [5, 9]])   # 6 queries, ground truths A and B
 TOY_ROWS = {'one2one': dict(n=6), 'branch': dict(n=2, T=4, K=2), 'epoch': dict(n=6, K=2), 'layer': dict(n=6, K=2, L1=1),
             'group': dict(n=2, G=3), 'one2many': dict(n=6, K=2)}
@@ -319,17 +313,14 @@ def draw(file: str) -> None:
         x, y = i % 4 * 800 + 50, i // 4 * 650 + 30
         groups, found = toy(scheme, layer, progress)
         pen.text((x, y), f'{scheme}: {when}', 'black', large)
-        numbers = '  '.join(f'{name}={value}' for name, value in TOY_ROWS[scheme].items())
-        copies = ' | '.join(f'{group.queries} queries, K={group.copies[layer]}' for group in groups[:2])
-        copies = f'{len(groups)} groups of {copies.split(" | ")[0]}' if scheme == 'group' else copies
-        pen.text((x, y + 48), f'{numbers}:  {copies}', grey, small)
+        numbers, copies = TOY_ROWS[scheme].items(), ' | '.join(str(group.copies[layer]) for group in groups)
+        pen.text((x, y + 48), f'{"  ".join(f"{k}={v}" for k, v in numbers)}:  copies of A and B: {copies}', grey, small)
         group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
         height = [y + 150 + 64 * q + 26 * group_of[q] for q in range(len(found))]
         gt_height = {'A': y + 230, 'B': y + 430}
         for q, letter in enumerate(found):
             if letter != '.':
                 pen.line((x + 50, height[q], x + 240, gt_height[letter]), colours[letter], 6)
-        for q, letter in enumerate(found):
             pen.ellipse((x, height[q] - 28, x + 56, height[q] + 28), colours[letter], 'black', 2)
             pen.text((x + 28, height[q]), f'q{q}', 'black' if letter == '.' else 'white', small, anchor='mm')
         for letter, centre in gt_height.items():
@@ -351,10 +342,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description='Carry a toy cost matrix through every matching scheme.')
     parser.add_argument('--picture', metavar='FILE', help='also draw it')
     args = parser.parse_args()
-    workers, tasks = one_to_many(WORKERS, 1)
-    chosen = [f'{("Alice", "Bob", "Carol")[w]} {("bathroom", "floors", "windows")[t]}' for w, t in zip(workers, tasks)]
-    print(f'workers: {", ".join(chosen)}, for {WORKERS[workers, tasks].sum():.0f} dollars')
-    print(f'\n{"scheme":10}{"numbers":20}{"groups":14}{"first layer, early":23}last layer, late')
+    print(f'{"scheme":10}{"numbers":20}{"groups":14}{"first layer, early":23}last layer, late')
     for scheme, numbers in TOY_ROWS.items():
         cells = []
         for layer, progress in ((0, 0.0), (1, 1.0)):

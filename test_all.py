@@ -515,7 +515,7 @@ class TestGoldenLosses(Close, unittest.TestCase):
         for i, name in ((1, 'f.l1'), (2, 'f.giou')):
             boxes = self.arrays['in.boxes'].clone().requires_grad_()
             loss = losses.set_loss(self.arrays['in.logits'][None], boxes[None], self.labels, self.gts, self.matches,
-                                   self.groups, 5, LossSettings(l1_weight=1, giou_weight=1))[i]
+                                   self.groups, 5)[i] / (1, losses.L1_WEIGHT, losses.GIOU_WEIGHT)[i]
             self.same(loss, f'{name}.loss')
             self.same(torch.autograd.grad(loss, boxes)[0], f'{name}.grad_boxes')
         boxes, gts = (box_convert(self.arrays[x], 'cxcywh', 'xyxy') for x in ('in.boxes', 'in.tgt_boxes'))
@@ -830,15 +830,17 @@ class TestSchemes(unittest.TestCase):
         """`python matchers.py` prints the table of the module's docstring."""
         printed = subprocess.run([sys.executable, str(HERE / 'matchers.py')], capture_output=True, text=True,
                                  check=True).stdout
-        self.assertIn('Alice bathroom, Bob windows, Carol floors, for 15 dollars', printed)
         table = {line.split()[0]: ' '.join(line.split()) for line in printed.splitlines() if line}
         rows = [re.match(r'    q(\d) +(\d) +(\d) +(\w+ .*)', line) for line in matchers.__doc__.splitlines()]
         rows = [row for row in rows if row]
         self.assertEqual([[int(row[2]), int(row[3])] for row in rows], matchers.TOY_COST.tolist())
         for row in rows:
             self.assertEqual(' '.join(row[4].split()), table[row[4].split()[0]])
-        for name, wages in zip(('Alice', 'Bob', 'Carol'), matchers.WORKERS.tolist()):
-            self.assertRegex(matchers.__doc__, name + ''.join(rf' +{wage:.0f}' for wage in wages))
+        wages = torch.tensor([[int(x) for x in re.search(rf'{name} +(\d+) +(\d+) +(\d+)', matchers.__doc__).groups()]
+                              for name in ('Alice', 'Bob', 'Carol')])
+        workers, tasks = one_to_many(wages, 1)
+        self.assertEqual((tasks.tolist(), int(wages[workers, tasks].sum())), ([0, 2, 1], 15),
+                         'bathroom, windows and floors for 8 + 3 + 4')
         # By hand, first and last layer:
         for scheme, first, last in (('one2one', 'A.B...', 'A.B...'),
                                     ('branch', 'ABBABA', 'ABBABA'),
@@ -1935,13 +1937,11 @@ class TestCommands(unittest.TestCase):
                                ('stable', '--denoising', '6'), ('deim', '--denoising', '6')):
             out = '-'.join((scheme, *flags))
             with unittest.mock.patch.dict(train.TINY_MODEL, width=64, encoder_layers=1):
-                printed = self.run_train('--overfit', '2', '--steps', '120', '--eval-every', '120', '--scheme', scheme,
-                                         *flags, '--lr', '3e-3', '--ffn', '64', out=out)
+                printed = self.run_train('--overfit', '2', '--steps', '90', '--eval-every', '90', '--scheme', scheme,
+                                         *flags, '--lr', '4e-3', '--ffn', '64', out=out)
             records = [json.loads(line) for line in (self.root / out / 'metrics.jsonl').read_text().splitlines()]
-            self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.8,
-                               f'{out} does not fit two images')
-            if scheme != 'one2many':   # which needs NMS
-                self.assertGreater(records[-1]['AP50'], 0.9, f'{out} does not detect what it was trained on')
+            self.assertGreater(records[-1]['AP50'], 0.8, f'{out} does not detect what it was trained on')
+            self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.6, f'{out}, mean of 40 steps')
             self.assertEqual(f'preset {scheme}: --cls-loss' in printed, scheme in train.PRESETS)
 
     def test_every_pair_of_switches_trains(self):

@@ -37,6 +37,7 @@ TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine'
             pretrained=False)
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
+OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # classification losses of which the released code has another form
 CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)   # the papers'; bce has none
 # DEIM's codes average over the last 10,000 of 440,000 steps; `tiny` over the same part of its few steps, roughly.
 EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}   # tiny or not
@@ -168,6 +169,12 @@ def complete(given: dict) -> dict:
             raise UserError(f'{flag(name)} {given[name]}: only --cls-loss {needs} has it')
     if 'f2' in given and settings['cost'] != 'stable':
         raise UserError(f'--f2 {given["f2"]}: only --cost stable has it')
+    if settings['official_losses'] and 'stable' != settings['cost'] and settings['cls_loss'] not in OFFICIAL_FORMS:
+        raise UserError(f'--official-losses: --cls-loss {settings["cls_loss"]} with --cost {settings["cost"]} has one '
+                        'form only')
+    if settings['overfit'] and given.get('dense_o2o'):
+        raise UserError('--dense-o2o: --overfit trains on images as they are')
+    settings['dense_o2o'] = settings['dense_o2o'] and not settings['overfit']
     if 'steps' in given and 'epochs' in given:
         raise UserError('--steps and --epochs: give one of them')
     if 'epochs' in given:
@@ -357,6 +364,8 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
     if evaluation.is_official(checkpoint):
         raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
     settings = checkpoint['settings']
+    if given.get('ema') is True:   # given without a number
+        given['ema'] = EMA[settings['model'] == 'tiny']['decay']
     for name, value in given.items():
         if settings.get(name) != value:
             raise UserError(f'{flag(name)} {value}: the run in {folder} has {settings.get(name)}, and a resumed run '
@@ -377,7 +386,8 @@ def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
         print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
               f'{group.copies}, weight {group.weight:.3g}')
     each, whole = (expected_positives(layers=layers, epochs=n, **row) for n in (1, epochs))
-    print(f'  positives of a ground truth: {each:.3g} an epoch, {whole:.3g} in the whole training')
+    print(f'  positives of a ground truth: {each:.3g} an epoch, {whole:.3g} in the whole training'
+          + ', and those of the denoising queries' * (settings['denoising'] > 0))
 
 
 def save(path: Path, content: dict) -> None:
@@ -429,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
                         f'{len(train_set.categories)} ({", ".join(categories["names"][:4])}..): start anew with --init')
     model = HybridDETR(**checkpoint['architecture']) if checkpoint else build_model(settings, len(train_set.categories))
     model.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'])
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
