@@ -249,7 +249,7 @@ def curve(name: str, p: Tensor, iou: float | None) -> tuple[Tensor, Tensor]:
 def draw(file: str) -> None:
     """A panel for each loss: loss over score, a line for each IoU of the match, a thin one for no match."""
     from PIL import Image, ImageDraw, ImageFont
-    lines = {0.0: ('#D55E00', 8), 0.5: ('#E69F00', 8), 0.75: ('#56B4E9', 8), 1.0: ('#0072B2', 8), None: ('black', 4)}
+    lines = {0.0: ('#D55E00', 11), 0.5: ('#E69F00', 8), 0.75: ('#56B4E9', 8), 1.0: ('#0072B2', 8), None: ('black', 3)}
     large, small = (ImageFont.load_default(size=size) for size in (40, 30))
     image = Image.new('RGB', (2400, 1500), 'white')   # twice the final size, for smooth lines
     pen, p = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199)
@@ -264,7 +264,7 @@ def draw(file: str) -> None:
             points = zip(p.tolist(), curve(name, p, iou)[0].tolist())
             pen.line([(x + width * a, y + height * (1 - b / 3)) for a, b in points if b < 3], *style)
     for j, (iou, style) in enumerate(lines.items()):
-        text = 'not matched' if iou is None else f'match, IoU {iou:g}{", first row: any" * (iou == 1)}'
+        text = 'not matched' if iou is None else f'match, IoU {iou:g}{" (above: any)" * (iou == 1)}'
         pen.line((60 + 450 * j, 1420, 140 + 450 * j, 1420), *style)
         pen.text((155 + 450 * j, 1420), text, 'black', small, anchor='lm')
     image.reduce(2).save(file)
