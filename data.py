@@ -399,10 +399,11 @@ def open_dataset(name: str, split: str, size: int, augment: bool = False, vertic
 # --- Dense one-to-one: more objects an image ------------------------------------------------------------------------
 
 def mosaic(images: list[Image.Image], targets: list[dict], size: int) -> tuple[Image.Image, dict]:
-    """Four images in a 2 x 2 grid on black (DEIM slides), as tiles with a short side of `size`; targets as of `load`.
+    """Four images in a 2 x 2 grid on black (DEIM slides), as tiles with a short side of `size` pixels; targets as of
+    `load`.
 
-    All quadrants are as wide and high as the widest and the highest tile, which lie in their top left corners (official
-    code). The limit on strips is our own: a wide and a high one together would make a canvas without bounds.
+    All quadrants are as wide and high as the widest and the highest tile; tiles lie in their top left corners (official
+    code). That a long side is at most 4 * size is our own: a wide and a high strip would make a canvas without bounds.
     """
     tiles = [v2.Resize(size, max_size=4 * size)(image, target) for image, target in zip(images, targets)]
     w, h = (max(tile.size[d] for tile, _ in tiles) for d in (0, 1))
@@ -414,10 +415,11 @@ def mosaic(images: list[Image.Image], targets: list[dict], size: int) -> tuple[I
                     'labels': torch.cat([target['labels'] for target in targets])}
 
 
-def mixup(sample: Sample, other: Sample, beta: float) -> Sample:
-    """The weighted mean of two images, with the objects of both; the smaller one is padded with the mean colour.
+def mixup(sample: Sample, other: Sample, beta: float = 0.5) -> Sample:
+    """beta * sample + (1 - beta) * other, with the objects of both; the smaller one is padded with the mean colour.
 
-    The official code stores beta for each box as well, but none of its losses uses it.
+    0.5 on the DEIM slides; the official code draws beta from 0.45..0.55, and stores it for each box, but no loss uses
+    it. Id and stored size are those of `sample`.
     """
     h, w = (max(sample.image.shape[d], other.image.shape[d]) for d in (1, 2))
     image, boxes = torch.zeros(3, h, w), []
@@ -435,7 +437,8 @@ class DenseOneToOne(Dataset):
     Items `dataset[epoch, index, dense]`. If `dense`, half of them are mosaics, and half of all are mixed with another
     image, which may be a mosaic, too. Mosaics are of four different images (DEIM slides); the official code draws with
     replacement. It mixes whole batches, each image with the one before; here the partner is drawn for each image, so
-    that no item depends on its batch. The weights are 0.45..0.55 (official code); 0.5 on the slides.
+    that no item depends on its batch. An item has up to eight images' objects: mind the number of queries.
+    Raises UserError for a set of fewer than four images.
     """
 
     def __init__(self, dataset: Dataset, size: int, vertical_flip: bool = False, seed: int = 0):
@@ -457,7 +460,7 @@ class DenseOneToOne(Dataset):
         sample = self.plain_or_mosaic(epoch, index, rng)
         if rng.random_sample() < 0.5:
             other = self.plain_or_mosaic(epoch, *self.others(1, index, rng), rng)
-            sample = mixup(sample, other, rng.uniform(0.45, 0.55))
+            sample = mixup(sample, other)
         return sample
 
     def plain_or_mosaic(self, epoch: int, index: int, rng: np.random.RandomState) -> Sample:

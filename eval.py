@@ -15,21 +15,28 @@ import json
 import math
 import pickle
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import batched_nms, box_convert
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import batched_nms, box_convert, generalized_box_iou, sigmoid_focal_loss
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages, UserError, open_dataset,
+import hybrid_detr
+from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages, UserError, open_dataset, train_loader,
                   val_loader)
 from hybrid_detr import HybridDETR, Outputs, from_official
+from losses import criterion
 from matchers import Cost, class_scores, encoder_groups, match, query_groups
 
 METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
@@ -224,14 +231,16 @@ def cost_of(settings: dict) -> Cost:
 
 
 @torch.inference_mode()
-def unstable_score(model: HybridDETR, dataset: Dataset, n_images: int = 20, cost: Cost = Cost(), *,
+def unstable_score(model: HybridDETR, dataset: Dataset, ids: list[int], n_images: int = 20, cost: Cost = Cost(), *,
                    batch_size: int = 1, workers: int = 0) -> list[float]:
     """Stable-DINO §2.4.3, Fig. 3: for each decoder layer the percentage of ground truths whose query is another one
     than in the layer before. Layer 1 is compared with the encoder: its proposal number i is the start of query i.
 
-    Of the first group, the detector, matched one-to-one whatever the scheme. The paper's example is one image; this is
-    the percentage of all ground truths of the first n_images, nan without any. The model is left as it was.
+    Of the first group, the detector, matched one-to-one whatever the scheme; in the encoder with all labels 0, as in
+    training. The paper's example is one image; this is the percentage of all ground truths of the first n_images, and
+    an empty list without any. ids: of the class columns. The model is left as it was.
     """
+    column_of = torch.tensor([ids.index(category_id) for category_id in dataset.categories.ids])
     device, was_training, changed, total = next(model.parameters()).device, model.training, 0, 0
     model.eval()
     for batch in val_loader(FirstImages(dataset, n_images), batch_size, workers):
@@ -242,7 +251,8 @@ def unstable_score(model: HybridDETR, dataset: Dataset, n_images: int = 20, cost
         proposals = [x.gather(2, chosen.expand(-1, -1, -1, x.shape[3])) for x in outputs[2:4]]
         groups = query_groups('one2one', L, n=n)
         try:
-            decoder, encoder = match(*outputs[:2], *proposals, batch.gt_labels, batch.gt_boxes, groups,
+            columns = [column_of.to(device)[labels] for labels in batch.gt_labels]
+            decoder, encoder = match(*outputs[:2], *proposals, columns, batch.gt_boxes, groups,
                                      encoder_groups(groups, 1, n), cost)
         except FloatingPointError as error:
             raise UserError(f'{batch.names[0]}: {error}') from None
@@ -251,7 +261,7 @@ def unstable_score(model: HybridDETR, dataset: Dataset, n_images: int = 20, cost
         query[decoder.layer + 1, decoder.gt] = decoder.query
         changed, total = changed + (query[1:] != query[:-1]).sum(1), total + query.shape[1]
     model.train(was_training)
-    return (100 * changed / total).tolist()
+    return (100 * changed / total).tolist() if total else []
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------------
@@ -348,6 +358,242 @@ def draw_curve(precision: np.ndarray, path: str) -> None:
     image.reduce(2).save(path)
 
 
+# --- Benchmark ------------------------------------------------------------------------------------------------------
+
+def published_loss(outputs: Outputs, gt_labels: list[Tensor], gt_boxes: list[Tensor], groups, num_boxes: float):
+    """The loss of a scheme as the released code of H-DETR computes it: a matcher and a criterion for every layer and
+    group, ground truths repeated before the cost, costs between all images, one-hot targets with a background column.
+
+    Here only to be measured against, and to give the same number (test_all.py).
+    """
+    total, first = 0.0, 0
+    calls = [(outputs.encoder_logits[0], outputs.encoder_boxes[0], 1, 1.0, [torch.zeros_like(x) for x in gt_labels])]
+    for group in groups:
+        rows = slice(first, first := first + group.queries)
+        calls += [(logits[:, rows], boxes[:, rows], copies, group.weight, gt_labels) for logits, boxes, copies in
+                  zip(outputs.pred_logits, outputs.pred_boxes, group.copies)]
+    for logits, boxes, copies, weight, labels in calls:
+        B, n, C = logits.shape
+        labels, targets = [x.repeat(copies) for x in labels], [x.repeat(copies, 1) for x in gt_boxes]
+        with torch.no_grad():
+            p, xyxy = logits.flatten(0, 1).sigmoid(), box_convert(torch.cat(targets), 'cxcywh', 'xyxy')
+            cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
+            cost = 2 * cost[:, torch.cat(labels)] + 5 * torch.cdist(boxes.flatten(0, 1), torch.cat(targets), p=1)
+            cost -= 2 * generalized_box_iou(box_convert(boxes.flatten(0, 1), 'cxcywh', 'xyxy'), xyxy)
+            cost = cost.view(B, n, -1).cpu().split([len(x) for x in targets], -1)
+            pairs = [[torch.from_numpy(i) for i in linear_sum_assignment(c[b])] for b, c in enumerate(cost)]
+        image = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(pairs)])
+        query = torch.cat([query for query, _ in pairs])
+        classes = torch.full((B, n), C, device=logits.device)
+        classes[image, query] = torch.cat([x[gt] for x, (_, gt) in zip(labels, pairs)])
+        target = F.one_hot(classes, C + 1)[..., :-1].to(logits.dtype)
+        wanted = torch.cat([x[gt] for x, (_, gt) in zip(targets, pairs)])
+        corners = (box_convert(x, 'cxcywh', 'xyxy') for x in (boxes[image, query], wanted))
+        loss = (2 * sigmoid_focal_loss(logits, target, 0.25, 2).sum() + 5 * (boxes[image, query] - wanted).abs().sum()
+                + 2 * (1 - generalized_box_iou(*corners).diag()).sum())
+        total = total + weight * loss / max(copies * num_boxes, 1.0)
+    return total
+
+
+def published_self_attention(self, content: Tensor, position: Tensor, groups, denoising: int = 0) -> Tensor:
+    """GroupSelfAttention.forward with one attention over the whole row and an (N,N) mask, as in H-DETR's code."""
+    owner = torch.arange(len(groups), device=content.device).repeat_interleave(torch.tensor(groups).to(content.device))
+    q = (content + position).transpose(0, 1)
+    return F.multi_head_attention_forward(
+        q, q, content.transpose(0, 1), q.shape[-1], self.heads, self.in_proj.weight, self.in_proj.bias, None, None,
+        False, 0.0, self.out_proj.weight, self.out_proj.bias, attn_mask=owner[:, None] != owner)[0].transpose(0, 1)
+
+
+def published_deformable_attention(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """The pure PyTorch form that comes with the released code: all samples of all levels side by side."""
+    B, S, heads, d = value.shape
+    N, grids, samples = locations.shape[1], 2 * locations - 1, []
+    for v, level in enumerate(value.split([h * w for h, w in shapes], 1)):
+        level = level.flatten(2).transpose(1, 2).reshape(B * heads, d, *shapes[v])
+        grid = grids[:, :, :, v].transpose(1, 2).flatten(0, 1)
+        samples.append(F.grid_sample(level, grid, mode='bilinear', padding_mode='zeros', align_corners=False))
+    weights = weights.transpose(1, 2).reshape(B * heads, 1, N, -1)
+    out = (torch.stack(samples, -2).flatten(-2) * weights).sum(-1)
+    return out.view(B, heads * d, N).transpose(1, 2).contiguous()
+
+
+class Clock:
+    """Seconds of each stage of the steps of a row; waits for the GPU at the end of a stage."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.rounds = device, []
+
+    def start(self) -> None:
+        self.rounds.append({})
+        self.last = self.now()
+
+    def now(self) -> float:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def tick(self, stage: str) -> None:
+        now = self.now()
+        self.rounds[-1][stage] = now - self.last
+        self.last = now
+
+
+def spread(values: list[float], unit: str = '') -> str:
+    return f'{np.median(values):.3g} ({min(values):.3g}-{max(values):.3g}){unit}'
+
+
+def benchmark_rows(kind: str, model: str) -> dict[str, dict]:
+    """name -> flags of train.py, by which the rows of the table differ."""
+    import train
+    rows = train.TINY_ROWS if model == 'tiny' else train.PAPER_ROWS
+    n, branch, G = rows['one2one']['n'], rows['branch'], rows['group']['G']
+    if kind == 'queries':
+        return {f'branch, T={m * n}': dict(scheme='branch', T=m * n) for m in (0, 1, 3, 5, 7, 11)}
+    if kind == 'groups':
+        return {f'group, G={G}': dict(scheme='group', G=G) for G in (1, 2, 4, 7, 10, 13)}
+    total = n + branch['T']
+    return {'one2one': dict(scheme='one2one'), f'one2one, n={total}': dict(scheme='one2one', n=total),
+            f'one2one, n={n * G}': dict(scheme='one2one', n=n * G),
+            **{scheme: dict(scheme=scheme) for scheme in rows if scheme != 'one2one'},
+            'branch, checkpointed': dict(scheme='branch', checkpoint_activations=True),
+            'branch, as published': dict(scheme='branch', published=True)}
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Print time and memory of training steps, all rows one after the other in every round, so that a slower moment of
+    the machine slows all of them. The first round warms up and does not count."""
+    import train   # which imports this file
+    device, rows, runs = torch.device(args.device), benchmark_rows(args.benchmark, args.model), {}
+    rows = {name: given for name, given in rows.items() if not args.rows or args.rows in name or name == 'one2one'}
+    amp = device.type == 'cuda' and torch.cuda.is_bf16_supported() if args.amp is None else args.amp
+    if args.compile:
+        hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
+    for name, given in rows.items():
+        torch.manual_seed(0)
+        given = {'model': args.model, 'pretrained': False, **given}
+        checkpointed, published = (given.pop(x, False) for x in ('checkpoint_activations', 'published'))
+        if args.image_size:
+            given['image_size'] = args.image_size
+        settings = train.complete({**given, 'data': args.data or 'shapes'})
+        dataset = open_dataset(settings['data'], 'train', settings['image_size'])
+        model = HybridDETR(**train.architecture(settings, len(dataset.categories))).to(device).train()
+        model.backbone.to(memory_format=torch.channels_last)
+        model.checkpoint_activations = checkpointed
+        optimizer = torch.optim.AdamW(train.parameter_groups(model, settings), fused=not published, foreach=False)
+        runs[name] = settings, model, optimizer, published, Clock(device)
+    batch_size = args.batch_size or settings['batch_size']
+    loader = iter(train_loader(dataset, batch_size, args.repeats + 1, args.workers, pin=device.type == 'cuda'))
+    print(f'{torch.__version__} on {device}, {torch.get_num_threads()} threads; batches of {batch_size} images of '
+          f'{settings["image_size"]} pixels, {args.model}{", bfloat16" * amp}; {args.repeats} rounds')
+    memory, speed = {}, {name: [] for name in runs}
+    for done in tqdm(range(args.repeats + 1), desc='rounds', disable=None):
+        data = Clock(device)
+        data.start()
+        batch = next(loader).to(device)
+        data.tick('data')
+        num_boxes = float(sum(map(len, batch.gt_boxes)))
+        for name, (settings, model, optimizer, published, clock) in runs.items():
+            kept, pack = {}, contextlib.nullcontext()
+            if device.type == 'cuda':
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            elif done == 0:   # what forward keeps for backward; in the round that does not count
+                pack = torch.autograd.graph.saved_tensors_hooks(
+                    lambda x: (kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}), x)[1],
+                    lambda x: x)
+            patches = contextlib.ExitStack()
+            if published:
+                patches.enter_context(mock.patch.object(hybrid_detr, 'deformable_attention',
+                                                        published_deformable_attention))
+                patches.enter_context(mock.patch.object(hybrid_detr.GroupSelfAttention, 'forward',
+                                                        published_self_attention))
+            with patches:
+                clock.start()
+                with pack:
+                    if published:
+                        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                            outputs = model(batch.images, batch.padding_mask)
+                        clock.tick('forward')
+                        groups = query_groups(layers=len(model.decoder), **train.row_of(settings))
+                        loss = published_loss(Outputs(*(x.float() for x in outputs)), batch.gt_labels, batch.gt_boxes,
+                                              groups, num_boxes)
+                        clock.tick('loss')
+                    else:
+                        parts, _ = train.loss_of(model, model, batch, settings, 0.0, num_boxes, amp, clock.tick)
+                        loss = sum(parts.values())
+                loss.backward()
+            clock.tick('backward')
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            clock.tick('optimizer')
+            clock.rounds[-1].update(data.rounds[-1])
+            own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            peak = torch.cuda.max_memory_allocated(device) - before if device.type == 'cuda' else sum(
+                size for pointer, size in kept.items() if pointer not in own)
+            memory[name] = max(memory.get(name, 0), peak)
+            del loss
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                clock.last = clock.now()
+                model.eval()(batch.images, batch.padding_mask)
+                speed[name].append(batch_size / (clock.now() - clock.last))
+                model.train()
+
+    stages = ('data', 'forward', 'matching', 'loss', 'backward', 'optimizer')
+    steps = {name: [sum(stage for key, stage in r.items() if key != 'data') for r in run[4].rounds[1:]]
+             for name, run in runs.items()}
+    first, totals = next(iter(runs)), {name: sum(run[1].groups) for name, run in runs.items()}
+    print(f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | times {first} | '
+          f'times one2one with as many queries |\n|{"---|" * 13}')
+    for name, (settings, model, _, _, clock) in runs.items():
+        with FlopCounterMode(display=False) as flops:
+            model(batch.images[:1], batch.padding_mask[:1])
+        alike = [other for other in runs if other.startswith('one2one') and totals[other] == totals[name]]
+        cells = [f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}', f'{flops.get_total_flops() / 1e9:.0f}',
+                 spread(steps[name]),
+                 *(f'{np.median([r[stage] for r in clock.rounds[1:]]):.3g}' if stage in clock.rounds[-1] else ''
+                   for stage in stages), f'{memory[name] / 1e6:.0f}', spread(speed[name][1:]),
+                 *(spread([a / b for a, b in zip(steps[name], steps[other])]) for other in (first, *alike[:1]))]
+        print(f'| {name} | {" | ".join(cells)} |{"" if alike else " |"}')
+    print('step: forward to optimizer, median (fastest-slowest); GFLOPs: forward of an image in training, without the '
+          'samples of deformable attention;\nMB: ' + ('peak of a step above what was allocated before it' if
+          device.type == 'cuda' else 'kept by forward for backward') + '; images/s: inference of the first group')
+
+
+def benchmark_loss(args: argparse.Namespace) -> None:
+    """Print the time of matching, loss and their backward at the paper's size, here and as published."""
+    device, made = torch.device(args.device), torch.Generator().manual_seed(0)
+    L, B, C, S, M = 6, 2, 91, 13294, 7   # S: tokens of an image of 800 x 800; M: boxes of an image, COCO's mean
+
+    def boxes(*shape):
+        return torch.cat([torch.rand(*shape, 2, generator=made) * 0.6 + 0.2, torch.rand(*shape, 2, generator=made) * 0.3
+                          + 0.05], -1).to(device).requires_grad_()
+
+    groups = query_groups('branch', L, n=300, T=1500, K=6)
+    tokens = encoder_groups(groups, 1, S)
+    outputs = Outputs(*(x for N, l in ((1800, L), (S, 1)) for x in (
+        (torch.randn(l, B, N, C, generator=made) - 4).to(device).requires_grad_(), boxes(l, B, N))))
+    labels, gt = [torch.randint(C, (M,), generator=made).to(device) for _ in range(B)], [*boxes(B, M).detach()]
+    seconds, values = {'here': [], 'as published': []}, {}
+    for done in range(args.repeats + 1):
+        for name in seconds:
+            clock = Clock(device)
+            clock.start()
+            if name == 'here':
+                matches = match(*outputs, labels, gt, groups, tokens)
+                loss = sum(criterion(outputs, labels, gt, *matches, groups, tokens, B * M)[0].values())
+            else:
+                loss = published_loss(outputs, labels, gt, groups, B * M)
+            torch.autograd.backward(loss)
+            clock.tick('all')
+            seconds[name] += [clock.rounds[0]['all']] * (done > 0)
+            values[name] = loss.item()
+    ratio = [b / a for a, b in zip(*seconds.values())]
+    print(f'matching, loss and backward, {L} layers of 300 + 1500 queries, K = 6, {S} tokens, {B} images of {M} boxes, '
+          f'{C} classes on {device}:\n' + ', '.join(f'{name} {spread(s)} s' for name, s in seconds.items())
+          + f': {spread(ratio)} times as fast\nthe losses: ' + ', '.join(f'{value:.5f}' for value in values.values()))
+
+
 # --- The command ----------------------------------------------------------------------------------------------------
 
 def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int) -> list[int]:
@@ -366,7 +612,7 @@ def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int)
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--weights', required=True, help='checkpoint of train.py or of HDETR/H-Deformable-DETR')
+    parser.add_argument('--weights', help='checkpoint of train.py or of HDETR/H-Deformable-DETR')
     parser.add_argument('--data', help="'shapes' or a folder in the COCO layout (default what it was trained on)")
     parser.add_argument('--split', choices=('val', 'train'),
                         help='part of the data (default val; of an --overfit run the images it was trained on)')
@@ -382,19 +628,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--per-class', action='store_true', help='print the AP of each class')
     parser.add_argument('--save-json', help="write the detections in COCO's results format to this file")
     parser.add_argument('--unstable', type=int, default=0, metavar='N',
-                        help='match the first N images (paper 20): how many objects change their query in each layer')
+                        help='match the first N images and print how many objects change their query from layer to '
+                             'layer (the unstable score; the paper has N = 20)')
     parser.add_argument('--pr-curve', metavar='FILE', help='draw precision over recall to this PNG')
     parser.add_argument('--pictures', type=int, default=0, metavar='N',
                         help='draw ground truth and predictions of N images')
     parser.add_argument('--picture-file', default='predictions.png', help='PNG to draw to (default predictions.png)')
-    return parser.parse_args(argv)
+    group = parser.add_argument_group('benchmark: time and memory of training, instead of an evaluation')
+    group.add_argument('--benchmark', nargs='?', const='schemes', choices=('schemes', 'queries', 'groups', 'loss'),
+                       help='a table of all schemes (default), of branch with more and more queries, of group with '
+                            'more and more groups; or matching and loss alone')
+    group.add_argument('--model', default='tiny', help='tiny, r50, or a ResNet or Swin of torchvision (default tiny)')
+    group.add_argument('--rows', help='of the table only those with this in their names')
+    group.add_argument('--repeats', type=int, default=5, help='rounds that count (default 5)')
+    group.add_argument('--amp', action=argparse.BooleanOptionalAction, help='as in train.py')
+    group.add_argument('--compile', action='store_true', help='as in train.py')
+    args = parser.parse_args(argv)
+    if not args.weights and not args.benchmark:
+        parser.error('one of --weights and --benchmark is needed')
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.nms is not None and not 0 <= args.nms <= 1:
         raise UserError(f'--nms {args.nms}: is an IoU, 0 to 1')
-    for name, least in dict(batch_size=1, image_size=32, workers=0, pictures=0, unstable=0).items():
+    for name, least in dict(batch_size=1, image_size=32, workers=0, pictures=0, unstable=0, repeats=1).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
     for path in (args.save_json, args.picture_file, args.pr_curve):
@@ -403,6 +662,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, path in (('--picture-file', args.picture_file), ('--pr-curve', args.pr_curve)):
         if path is not None and not path.endswith('.png'):
             raise UserError(f'{name} {path}: must end in .png')
+    if args.benchmark:
+        return benchmark_loss(args) if args.benchmark == 'loss' else benchmark(args)
     model, categories, settings = load_detector(args.weights)
     if not 0 <= args.group < len(model.groups):
         raise UserError(f'--group {args.group}: the model has groups 0 to {len(model.groups) - 1}')
@@ -429,8 +690,9 @@ def main(argv: list[str] | None = None) -> None:
         for category_id, name in zip(dataset.categories.ids, dataset.categories.names):
             print(f'{name:24} AP {by_class[category_id]:.3f}')
     if args.unstable:
-        scores = unstable_score(model, dataset, args.unstable, cost_of(settings), workers=args.workers)
-        print(f'unstable score of layer 1 to {len(scores)}: {", ".join(f"{score:.1f} %" for score in scores)}')
+        scores = unstable_score(model, dataset, ids, args.unstable, cost_of(settings), workers=args.workers)
+        print(f'unstable score of layer 1 to {len(model.decoder)}, first group: '
+              f'{", ".join(f"{score:.1f} %" for score in scores) or "no objects"}')
     if args.pr_curve:
         print(f'curve: {args.pr_curve}')
     if args.pictures:

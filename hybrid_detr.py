@@ -4,8 +4,8 @@
           -> every token proposes a box; the best N become queries -> decoder -> a box and C class scores per query
 
 Letters: B images, L decoder layers, N queries, C classes, S tokens (cells of all levels), D width, V levels, P sampling
-points per level, E pairs of encoder heads. Shapes are written behind the line that makes them. Boxes are (cx, cy, w, h)
-as fractions of the image; a mask is True at padding.
+points per level (not matched pairs), E pairs of encoder heads. Shapes are written behind the line that makes them.
+Boxes are (cx, cy, w, h) as fractions of the image; a mask is True at padding.
 
 Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR (equal groups, A.2).
 "Official code" is HDETR/H-Deformable-DETR, whose checkpoints load with `from_official` and give the same outputs.
@@ -21,13 +21,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 
 class Outputs(NamedTuple):
-    pred_logits: Tensor      # (L, B, N, C): sigmoid scores, class c of 0..C-1 in column c, no background column
-    pred_boxes: Tensor       # (L, B, N, 4)
+    pred_logits: Tensor      # (L, B, N, C): before the sigmoid, class c of 0..C-1 in column c, no background column;
+    #                          with softmax (L, B, N, C+1), the last for "no object"
+    pred_boxes: Tensor       # (L, B, N, 4); N counts the denoising queries in training
     encoder_logits: Tensor   # (1, B, E*S, C): one "layer" of E groups; column 0 ranks the tokens, "object or not"
     encoder_boxes: Tensor    # (1, B, E*S, 4)
 
@@ -129,7 +131,7 @@ def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: T
         padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()            # (B, h, w)
         valid = ~padding
         valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1).to(level_embed)     # (B, 2)
-        ratios.append(valid_wh / valid_wh.new_tensor([w, h]))
+        ratios.append(torch.stack([valid_wh[:, 0] / w, valid_wh[:, 1] / h], -1))
         # Cells are counted along y and x over the valid part only, so that 0..1 spans the image, not its padding.
         count = torch.stack([valid.cumsum(1), valid.cumsum(2)], -1).to(level_embed)               # (B, h, w, 2): y, x
         last = torch.stack([count[:, -1:, :, 0].expand(-1, h, -1), count[:, :, -1:, 1].expand(-1, -1, w)], -1)
@@ -137,8 +139,7 @@ def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: T
         y, x = torch.meshgrid(torch.arange(h, device=valid.device), torch.arange(w, device=valid.device), indexing='ij')
         centres.append((torch.stack([x, y], -1) + 0.5).flatten(0, 1) / valid_wh[:, None])           # (B, h*w, 2)
         paddings.append(padding.flatten(1))
-    level = torch.arange(len(shapes), device=padding_mask.device).repeat_interleave(
-        torch.tensor([h * w for h, w in shapes], device=padding_mask.device), output_size=sum(h * w for h, w in shapes))
+    level = torch.cat([torch.full((h * w,), v, device=padding_mask.device) for v, (h, w) in enumerate(shapes)])
     return Geometry(shapes, torch.cat(paddings, 1), torch.stack(ratios, 1),
                     torch.cat(positions, 1) + level_embed[level], torch.cat(centres, 1), level)
 
@@ -215,7 +216,9 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(query).view(B, N, self.heads, -1).softmax(-1)   # over levels and points
         reference = reference[:, :, None, :, None]                                                # (B, N, 1, V, 1, .)
         if reference.shape[-1] == 2:   # a point: offsets count in cells of the level
-            locations = reference + offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
+            # non_blocking: torch.tensor(..., device='cuda') would make the CPU wait for the GPU, in every layer.
+            cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype).to(offsets.device, non_blocking=True)
+            locations = reference + offsets / cells[:, None]
         else:                          # a box: offsets count in half box sizes, divided by the number of points
             locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
         weights = weights.view(B, N, self.heads, self.levels, self.points)
@@ -240,8 +243,9 @@ class GroupSelfAttention(nn.Module):
     def forward(self, content: Tensor, position: Tensor, groups: Sequence[int], denoising: int = 0) -> Tensor:
         """content, position (B,N,D), groups: sizes -> (B,N,D). Position is no part of the value.
 
-        What the sizes leave over at the end of the row are denoising queries, `denoising` groups of equal size. Each
-        sees itself and the first group, the detector; nobody sees them, since they know the answer (DINO).
+        What the sizes leave over at the end of the row are denoising queries, in `denoising` groups of equal size. They
+        see their own denoising group and the detector's queries, the first group; no other query sees them, since they
+        know the answer. (DINO has one group of matching queries, and they see it; further ones are hidden here.)
         """
         D, N = content.shape[-1], sum(groups)
         q, k = F.linear(content + position, self.in_proj.weight[:2 * D], self.in_proj.bias[:2 * D]).chunk(2, -1)
@@ -252,8 +256,8 @@ class GroupSelfAttention(nn.Module):
         else:
             out = [self.attend(*qkv) for qkv in zip(*(x[:, :N].split(groups, 1) for x in (q, k, v)))]
         if denoising:
-            own = [x[:, N:].unflatten(1, (denoising, -1)) for x in (q, k, v)]                           # (B, G, m, D)
-            first = [x[:, None, :groups[0]].expand(-1, denoising, -1, -1) for x in (k, v)]              # (B, G, n, D)
+            own = [x[:, N:].unflatten(1, (denoising, -1)) for x in (q, k, v)]               # (B, denoising, 2m, D)
+            first = [x[:, None, :groups[0]].expand(-1, denoising, -1, -1) for x in (k, v)]  # (B, denoising, n, D)
             seen = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own[1:], first))
             out.append(self.attend(own[0].flatten(0, 1), *seen).view(len(content), -1, D))
         return self.out_proj(torch.cat(out, 1))
@@ -324,6 +328,7 @@ class HybridDETR(nn.Module):
     fusion: none, simple, ulike or dense; see `encode`. denoising=True: forward takes denoising queries (matchers.py).
     softmax=True: a column more in the decoder's class heads, "no object", for DETR's cross-entropy.
     backbone: 'tiny' or a name for `Backbone`; frozen_backbone: see there.
+    The attribute checkpoint_activations=True saves memory in training: see `run`.
     Raises ValueError for an unknown selection, fusion or backbone.
     """
 
@@ -338,7 +343,7 @@ class HybridDETR(nn.Module):
         if fusion not in ('none', 'simple', 'ulike', 'dense'):
             raise ValueError(f'unknown fusion {fusion!r}: use none, simple, ulike or dense')
         self.groups, self.selection, self.fusion = tuple(groups), selection, fusion
-        self.num_classes, self.softmax = num_classes, softmax
+        self.num_classes, self.softmax, self.checkpoint_activations = num_classes, softmax, False
         self.look_forward_twice, self.separate_attention = look_forward_twice, separate_attention
         self.backbone = TinyBackbone() if backbone == 'tiny' else Backbone(backbone, frozen_backbone)
         channels = self.backbone.channels
@@ -440,6 +445,13 @@ class HybridDETR(nn.Module):
                                          (encoder_logits, encoder_boxes_unact.sigmoid()))
         return Outputs(pred_logits, pred_boxes, encoder_logits, encoder_boxes)
 
+    def run(self, layer: nn.Module, *inputs):
+        """A layer of encoder or decoder; with checkpoint_activations, backward computes what is inside once more
+        instead of keeping it. The sampled values of deformable attention are most of what a training step keeps."""
+        if self.checkpoint_activations and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
     def pyramid(self, images: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
         """Backbone maps projected to one width and flattened: (B,3,H,W) -> (B,S,D), fine levels first."""
         maps = self.backbone(images)
@@ -452,22 +464,23 @@ class HybridDETR(nn.Module):
     def encode(self, tokens: Tensor, where: Geometry) -> Tensor:
         """The encoder, and the memory fusion of Stable-DINO §3: (B,S,D) -> (B,S,D).
 
-        The backbone's tokens F_0 and the outputs F_1..F_L of the encoder's layers are joined along their features and
+        The backbone's tokens F_0 and the outputs F_1..F_n of the n encoder layers are joined along their features and
         projected back (linear and norm, App. B), so that pretrained features reach the decoder from the first step on:
-        simple  [F_L, F_0]
-        ulike   F_0 joins the output of layer L, F_1 that of layer L-1, and so on inwards (Fig. 4c; not in the released
-                code, and the figure's four layers extended to L is a reading)
-        dense   [F_0, F_1, ..., F_L], the paper's default
+        simple  [F_n, F_0]
+        ulike   F_0 joins the output of layer n, F_1 that of layer n-1, and so on inwards (Fig. 4c; not in the released
+                code, and the figure's four layers extended to n is a reading); with n = 2, as in `tiny`, the same as
+                simple
+        dense   [F_0, F_1, ..., F_n], the paper's default
         """
         reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
-        outputs, L = [tokens], len(self.encoder)
+        outputs, n = [tokens], len(self.encoder)
         for l, layer in enumerate(self.encoder, 1):
-            tokens = layer(tokens, where.position, reference, where.shapes, where.padding)
-            if self.fusion == 'ulike' and L - l < l:
-                tokens = self.fusions[L - l](torch.cat([tokens, outputs[L - l]], -1))
+            tokens = self.run(layer, tokens, where.position, reference, where.shapes, where.padding)
+            if self.fusion == 'ulike' and n - l < l:
+                tokens = self.fusions[n - l](torch.cat([tokens, outputs[n - l]], -1))
             outputs.append(tokens)
         if self.fusion == 'simple':
-            tokens = self.fusions[0](torch.cat([outputs[L], outputs[0]], -1))
+            tokens = self.fusions[0](torch.cat([outputs[n], outputs[0]], -1))
         if self.fusion == 'dense':
             tokens = self.fusions[0](torch.cat(outputs, -1))
         return tokens
@@ -522,8 +535,8 @@ class HybridDETR(nn.Module):
         ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                   # (B, 1, V, 4)
         reference = start = boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
-            content = layer(content, position, groups, denoising, reference[:, :, None] * ratios, tokens, where.shapes,
-                            where.padding)
+            content = self.run(layer, content, position, groups, denoising, reference[:, :, None] * ratios, tokens,
+                               where.shapes, where.padding)
             shift = box_head(content)
             pred_logits.append(class_head(content))
             pred_boxes.append((shift + inverse_sigmoid(start)).sigmoid())

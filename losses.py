@@ -18,24 +18,27 @@ ce, bce and focal ask every matched query for score 1, the others for as much as
 through s: the score learns from the box, never the box from the score.
 
 Where paper and released code part ways, the paper's form is the default and `official=True` the code's:
-    vfl     a match at IoU 0 costs nothing, and p^2 and s in the weight are not differentiated (DEIM)
+    vfl     a match at IoU 0 costs nothing, and p^2 in the weight is not differentiated (DEIM)
     mal     p^g is not differentiated (DEIM; the slides say nothing on gradients)
     stable  positives weigh 1/4, negatives 3/4 (Stable-DINO)
 
-What divides the sum over queries, classes and images. n_box: ground truth boxes of the batch (averaged over the
-processes; a divisor below 1 counts as 1).
+What divides the sum over queries, classes and images, where n_box is the number of ground truth boxes of the batch
+(averaged over the processes; a divisor below 1 counts as 1):
 
-    what                 divisor in the official code                                   here
-    one-to-one           n_box                                                          n_box
-    one-to-many, K       K * n_box: the repeated boxes are counted (H-DETR's code;      K * n_box
-                         Eq. 2 does not say)
-    G groups             G * n_box, i.e. the mean over groups of Group DETR Eq. 7       n_box, weight 1/G
-    encoder, one head    n_box, labels all 0 (H-DETR's code)                            n_box, labels all 0
-    encoder, a head for  G * n_box, full labels (code of two-stage Group DETR)          copies of the head * n_box, and
-    each group                                                                          the group's weight; labels all 0
-    denoising            denoising groups * n_box (DINO)                                the same
-    background           the same divisor as its group: unmatched queries learn "nothing here", and only that
-    ce                   sum of the weights of all queries: DETR's weighted mean        the same, of a group and layer
+    what                     in the paper                  in the official code                here
+    one-to-one               unsaid (DETR, Stable-DINO     n_box                               n_box
+                             Eq. 1, 3; DEIM slides)
+    DEIM on D-FINE           unsaid                        class n_box; boxes the size of      n_box
+                                                           the union of all layers' matches
+    one-to-many, K copies    unsaid (H-DETR Eq. 2)         K * n_box: repeated boxes count     K * n_box
+    G groups                 mean over groups (Group       G * n_box, the same                 n_box, weight 1/G
+                             DETR Eq. 7)
+    encoder, one head        not mentioned (H-DETR)        n_box, labels all 0                 n_box, labels all 0
+    encoder, a head a group  not mentioned (Group DETR)    G * n_box, full labels              weight and copies of the
+                                                                                               group, labels all 0
+    denoising groups         unsaid                        groups * n_box (DINO)               groups * n_box
+    background               the same divisor as the matches of its group: unmatched queries learn "nothing here"
+    ce                       unsaid (DETR)                 sum of the weights of all queries   the same, of each group
 
 This file needs torch and torchvision only, and can be copied alone. `python losses.py` prints what each loss makes of
 score and IoU, `--picture FILE` draws it.
@@ -50,55 +53,55 @@ from torch import Tensor
 from torchvision.ops import box_area, box_convert, box_iou, generalized_box_iou_loss
 
 
-L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0   # in all of the papers
+L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0   # in all official codes
 
 
 class LossSettings(NamedTuple):
     """What the class loss is, and weighs."""
     cls_loss: str = 'focal'     # ce, bce, focal, vfl, mal or stable
-    class_weight: float = 2.0   # the papers': ce 1, focal 2, vfl and mal 1 (DEIM), stable 6 (Stable-DINO §4.1)
+    class_weight: float = 2.0   # ce, vfl, mal 1 and focal 2 in the official codes, stable 6 (Stable-DINO §4.1)
     mal_gamma: float = 1.5      # g above (official code of DEIM; the slides give none)
     f1: str = 's2'              # stable: a name of F1
     rescale: str = 'one'        # stable: one, max-iou or none
     official: bool = False      # vfl, mal, stable: the released code's form
 
 
-# --- Classification losses: logits, matched (0 or 1) and IoU of one shape -> the loss of every entry ---------------
+# --- Classification losses: a row of the table above each -----------------------------------------------------------
 
-def bce_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, target, reduction='none')
+# Scores p of matched entries and IoUs s of their boxes (stable: targets f1(s)) -> weight and target t of BCE(p, t).
+MATCHED = {
+    'bce': lambda p, s, how: (1.0, 1.0),
+    'focal': lambda p, s, how: (0.25 * (1 - p) ** 2, 1.0),
+    # Good matches weigh more, and a match without overlap is as good as none.
+    'vfl': lambda p, s, how: (torch.where(s > 0, s, 0.0 if how.official else 0.75 * p ** 2), s),
+    # A confident query with a bad box pays in full, where vfl would weigh it with its small s.
+    'mal': lambda p, s, how: (1.0, s ** how.mal_gamma),
+    # A match with a bad box is hardly encouraged, so an early mismatch does not confirm itself, and the matchings of
+    # successive layers agree (Stable-DINO §2.4.1). The factor is differentiated, as in the released code.
+    'stable': lambda p, s, how: ((s - p) ** 2 * (0.25 if how.official else 1.0), s)}
 
-
-def focal_loss(logits: Tensor, matched: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Stable-DINO Eq. 1, which has no alpha; all official codes have."""
-    p = logits.sigmoid()
-    return (alpha * matched + (1 - alpha) * (1 - matched)) * (p - matched).abs() ** gamma * bce_loss(logits, matched)
-
-
-def vfl_loss(logits: Tensor, matched: Tensor, iou: Tensor, alpha: float = 0.75, gamma: float = 2.0,
-             official: bool = False) -> Tensor:
-    """Varifocal loss (DEIM slides): good matches weigh more, and a match without overlap is as good as none."""
-    weight = torch.where(iou > 0, iou, alpha * logits.sigmoid() ** gamma)
-    if official:
-        weight = torch.where(matched > 0, iou, weight).detach()
-    return weight * bce_loss(logits, iou)
-
-
-def mal_loss(logits: Tensor, matched: Tensor, iou: Tensor, gamma: float = 1.5, official: bool = False) -> Tensor:
-    """Matchability-aware loss (DEIM slides, Eq. 3): a confident query with a bad box pays in full, unlike in vfl."""
-    background = logits.sigmoid() ** gamma
-    weight = torch.where(matched > 0, 1.0, background.detach() if official else background)
-    return weight * bce_loss(logits, iou ** gamma)
+# Scores p of all other entries -> weight of BCE(p, 0). "Focal": what is known to be background hardly counts.
+BACKGROUND = {
+    'bce': lambda p, how: 1.0,
+    'focal': lambda p, how: 0.75 * p ** 2,
+    'vfl': lambda p, how: 0.75 * (p.detach() if how.official else p) ** 2,
+    'mal': lambda p, how: (p.detach() if how.official else p) ** how.mal_gamma,
+    'stable': lambda p, how: p ** 2 * (0.75 if how.official else 1.0)}
 
 
-def stable_loss(logits: Tensor, matched: Tensor, target: Tensor, gamma: float = 2.0, official: bool = False) -> Tensor:
-    """Position-supervised loss (Stable-DINO Eq. 3); target: f1(s) of matched entries (`stable_target`), 0 elsewhere.
+def match_loss(logits: Tensor, s: Tensor, how: LossSettings) -> Tensor:
+    """Loss of matched entries; BCE(p, t) = softplus(logit) - t * logit is safe for any logit."""
+    weight, target = MATCHED[how.cls_loss](logits.sigmoid(), s, how)
+    return weight * (F.softplus(logits) - target * logits)
 
-    Of two queries at one object, only the one with the better box is encouraged, whichever was matched: this is what
-    makes the matching of successive layers agree (§2.4.1). The factor |f1 - p|^2 is differentiated, as in the code.
-    """
-    loss = (target - logits.sigmoid()).abs() ** gamma * bce_loss(logits, target)
-    return (0.75 - 0.5 * matched) * loss if official else loss
+
+def background_loss(logits: Tensor, how: LossSettings) -> Tensor:
+    return BACKGROUND[how.cls_loss](logits.sigmoid(), how) * F.softplus(logits)
+
+
+def class_loss(logits: Tensor, matched: Tensor, s: Tensor, how: LossSettings = LossSettings()) -> Tensor:
+    """Every loss but ce, of every entry: logits, matched (0 or 1, one-hot) and IoU s (stable: f1(s)), of one shape."""
+    return torch.where(matched > 0, match_loss(logits, s, how), background_loss(logits, how))
 
 
 def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -112,41 +115,36 @@ def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Te
     return -(target * logits.log_softmax(-1)).sum(-1) * weight, weight
 
 
-CLASS_LOSSES = {   # but for ce: logits, matched, and IoU or stable's target, of one shape -> the loss of every entry
-    'bce': lambda x, matched, s, how: bce_loss(x, matched),
-    'focal': lambda x, matched, s, how: focal_loss(x, matched),
-    'vfl': lambda x, matched, s, how: vfl_loss(x, matched, s, official=how.official),
-    'mal': lambda x, matched, s, how: mal_loss(x, matched, s, how.mal_gamma, how.official),
-    'stable': lambda x, matched, s, how: stable_loss(x, matched, s, official=how.official)}
-
-# Stable-DINO Table 7: what a matched query's score is supervised with; s its IoU, p its score. AP, the paper's, beside.
+# Stable-DINO Table 7: what a matched query's score is supervised with; s its IoU, p its score. Beside it the paper's AP
+# (class weight 10, no cost of Eq. 4, no fusion, NMS; 49.2 with target 1). Those with p fail as there with rescale
+# 'none': the rescale would divide a p that all pairs share.
 F1 = {'s0.5': lambda s, p: s ** 0.5,               # 49.3
       's1': lambda s, p: s,                        # 49.4
       's2': lambda s, p: s ** 2,                   # 49.6, the paper's choice
       's3': lambda s, p: s ** 3,                   # 49.4
-      's1p0.25': lambda s, p: s * p ** 0.25,       # 48.6: a score that supervises itself keeps what it has,
-      's1p1': lambda s, p: s * p,                  # 26.4  and collapses: low scores ask for lower ones
+      's1p0.25': lambda s, p: s * p ** 0.25,       # 48.6: with p in it, a confident match with a bad box is encouraged,
+      's1p1': lambda s, p: s * p,                  # 26.4  too: the conflict that IoU alone resolves (§2.4.1, §4.4)
       's2p1': lambda s, p: s ** 2 * p,             # 27.4
       'exp': lambda s, p: (s.exp() - 1) / (math.e - 1),      # 49.6
       'sin': lambda s, p: (s * math.pi / 2).sin()}           # 48.5: concave, near 1 too soon
 
 
-def stable_target(iou: Tensor, score: Tensor, owner: Tensor, best_iou: Tensor, f1: str = 's2',
-                  rescale: str = 'one') -> Tensor:
+def stable_target(iou: Tensor, score: Tensor, owner: Tensor, largest: Tensor | None, f1: str = 's2') -> Tensor:
     """f1(s) of Stable-DINO Eq. 3 for P pairs: iou, score (P,) -> (P,), no gradient.
 
     Early in training all IoUs are small, and so would all targets be. The rescale (§2.2) multiplies the pairs of an
-    owner, i.e. of an image in one layer and group, so that their largest becomes
-        'one'      1: better with 300 queries, and what the official code does for 900, too;
-        'max-iou'  best_iou, the largest IoU of any query of the owner with any ground truth: better with 900.
-    owner (P,) int64: index into best_iou. Pairs that all have IoU 0 keep target 0.
+    owner, i.e. of an image in one layer and group, so that their largest, however bad its box, becomes
+        'one'      1: better with 300 queries, and what the official code does with 900, too;
+        'max-iou'  the largest IoU of any query of the owner with any ground truth (`largest_iou`): better with 900.
+                   Where f1(s) > s, this scales down (the official code only up).
+    largest: that number for each owner, None without a rescale; owner (P,) int64: index into it. Pairs that all have
+    IoU 0 keep target 0.
     """
     target = F1[f1](iou, score).detach()
-    if rescale == 'none':
+    if largest is None:
         return target
-    largest = torch.zeros_like(best_iou).scatter_reduce(0, owner, target, 'amax')
-    wanted = torch.ones_like(best_iou) if rescale == 'one' else best_iou
-    return target * (wanted / largest.clamp(min=1e-12))[owner]
+    before = torch.zeros_like(largest).scatter_reduce(0, owner, target, 'amax')
+    return target * (largest / before.clamp(min=1e-12))[owner]
 
 
 # --- The loss of all layers, images and groups at once --------------------------------------------------------------
@@ -170,19 +168,19 @@ def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> 
 
 
 def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], matches, groups,
-             num_boxes: float, how: LossSettings = LossSettings()) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+             num_boxes: float | Tensor, how: LossSettings = LossSettings()) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The weighted class, L1 and GIoU loss of a row of queries, and the IoU of every pair.
 
     logits (L,B,N,C), boxes (L,B,N,4); gt_labels, gt_boxes: B tensors (M_b,), (M_b,4); matches: P pairs (layer, image,
     query, gt), gt counts through the batch; groups: how the row is cut (matchers.QueryGroup); num_boxes: n_box above.
     Returns three scalars and IoU (P,), through which no gradient flows.
     """
-    (L, B, N, _), (layer, image, query, gt) = logits.shape, matches
-    sizes = [group.queries for group in groups]
+    (L, B, N, _), (layer, image, query, gt), sizes = logits.shape, matches, [group.queries for group in groups]
+    logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))   # half is too coarse
     group_of = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)).to(logits.device, non_blocking=True)
-    # The weight of a group, divided by copies * n_box of its layer: (L, N).
-    scale = torch.tensor([[group.weight / max(copies * num_boxes, 1.0) for copies in group.copies]
-                          for group in groups], dtype=boxes.dtype).T.to(boxes.device, non_blocking=True)[:, group_of]
+    rows = torch.tensor([[group.weight, *group.copies] for group in groups], dtype=boxes.dtype).T
+    weight, *copies = rows.to(boxes.device, non_blocking=True)                                          # (G,) each
+    scale = (weight / (torch.stack(copies) * num_boxes).clamp(min=1.0))[:, group_of]                    # (L, N)
 
     pred, gt_pair, pair_scale = boxes[layer, image, query], torch.cat(list(gt_boxes))[gt], scale[layer, query]
     l1_loss = ((pred - gt_pair).abs().sum(1) * pair_scale).sum()
@@ -191,31 +189,28 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
     giou_loss = (generalized_box_iou_loss(pred_xyxy, gt_xyxy, eps=0) * pair_scale).sum()
     iou = pair_iou(pred_xyxy, gt_xyxy).detach()
 
-    # Unmatched queries stay 0 in every class: they pay the background part of the class loss, and no box loss.
-    label = torch.cat(list(gt_labels))[gt]
-    shape = (L, B, N, logits.shape[-1] - (how.cls_loss == 'ce'))
-
-    def at_matches(value: Tensor) -> Tensor:
-        return logits.new_zeros(shape).index_put((layer, image, query, label), value.to(logits.dtype))
-
-    matched, quality = at_matches(torch.ones_like(iou)), iou
-    if how.cls_loss == 'stable':
-        owner = (layer * B + image) * len(groups) + group_of[query]
-        best = largest_iou(boxes, gt_boxes, sizes) if how.rescale == 'max-iou' else boxes.new_empty(L, B, len(groups))
-        score = logits[layer, image, query, label].sigmoid()
-        quality = stable_target(iou, score, owner, best.flatten(), how.f1, how.rescale)
+    label, at = torch.cat(list(gt_labels))[gt], (layer, image, query)
     if how.cls_loss == 'ce':
+        matched = torch.zeros_like(logits[..., :-1]).index_put((*at, label), torch.ones_like(iou))
         losses, weights = ce_loss(logits, matched)                                                      # (L, B, N)
         divisor = torch.stack([part.sum((1, 2)) for part in weights.split(sizes, 2)], 1)                # (L, G)
-        scale = (torch.tensor([group.weight for group in groups]).to(divisor) / divisor)[:, group_of]
+        loss = (losses.sum(1) * (weight / divisor)[:, group_of]).sum()
     else:
-        losses = CLASS_LOSSES[how.cls_loss](logits, matched, at_matches(quality), how).sum(-1)
-    class_loss = (losses.sum(1) * scale).sum()
-    return how.class_weight * class_loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou
+        of_pairs, s = logits[(*at, label)], iou
+        if how.cls_loss == 'stable':
+            owner = (layer * B + image) * len(groups) + group_of[query]
+            largest = {'one': lambda: torch.ones_like(weight).repeat(L * B), 'none': lambda: None,
+                       'max-iou': lambda: largest_iou(boxes, gt_boxes, sizes).flatten()}[how.rescale]()
+            s = stable_target(iou, of_pairs.sigmoid(), owner, largest, how.f1)
+        # Unmatched queries are background in every class, and pay no box loss. Nearly all entries are background, so
+        # all are counted as such, and those of the pairs then exchanged: a one-hot target would cost as much again.
+        loss = (background_loss(logits, how).sum((1, 3)) * scale).sum()
+        loss = loss + ((match_loss(of_pairs, s, how) - background_loss(of_pairs, how)) * pair_scale).sum()
+    return how.class_weight * loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou
 
 
 def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], matches, encoder_matches, groups,
-              proposal_groups, num_boxes: float,
+              proposal_groups, num_boxes: float | Tensor,
               how: LossSettings = LossSettings()) -> tuple[dict[str, Tensor], Tensor]:
     """The loss of a step: H-DETR Eq. 1-6, Group DETR Eq. 7, whichever the groups say.
 
@@ -242,18 +237,18 @@ def curve(name: str, p: Tensor, iou: float | None) -> tuple[Tensor, Tensor]:
     if name == 'ce':   # one class against "no object"
         loss, _ = ce_loss(torch.stack([x, torch.zeros_like(x)], -1), matched[:, None])
     else:
-        loss = CLASS_LOSSES[name](x, matched, F1['s2'](s, p) if name == 'stable' else s, LossSettings())
+        loss = class_loss(x, matched, F1['s2'](s, p) if name == 'stable' else s, LossSettings(name))
     return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
 
 
 def draw(file: str) -> None:
-    """A panel for each loss: loss over score, a line for each IoU of the match, a thin one for no match."""
+    """A panel for each loss as printed: loss over score, a line for each IoU of the match, a thin one for no match."""
     from PIL import Image, ImageDraw, ImageFont
     lines = {0.0: ('#D55E00', 11), 0.5: ('#E69F00', 8), 0.75: ('#56B4E9', 8), 1.0: ('#0072B2', 8), None: ('black', 3)}
     large, small = (ImageFont.load_default(size=size) for size in (40, 30))
     image = Image.new('RGB', (2400, 1500), 'white')   # twice the final size, for smooth lines
     pen, p = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199)
-    for i, name in enumerate(('ce', *CLASS_LOSSES)):
+    for i, name in enumerate(('ce', *MATCHED)):
         x, y, width, height = i % 3 * 790 + 90, i // 3 * 690 + 80, 660, 500
         pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
         pen.text((x + width / 2, y - 12), name, 'black', large, anchor='ms')
@@ -264,9 +259,10 @@ def draw(file: str) -> None:
             points = zip(p.tolist(), curve(name, p, iou)[0].tolist())
             pen.line([(x + width * a, y + height * (1 - b / 3)) for a, b in points if b < 3], *style)
     for j, (iou, style) in enumerate(lines.items()):
-        text = 'not matched' if iou is None else f'match, IoU {iou:g}{" (above: any)" * (iou == 1)}'
+        text = 'not matched' if iou is None else f'matched at IoU {iou:g}'
         pen.line((60 + 450 * j, 1420, 140 + 450 * j, 1420), *style)
         pen.text((155 + 450 * j, 1420), text, 'black', small, anchor='lm')
+    pen.text((1200, 1360), 'loss over the score p; ce, bce, focal: at any IoU', 'black', small, anchor='mm')
     image.reduce(2).save(file)
 
 
@@ -276,9 +272,10 @@ if __name__ == '__main__':
     parser.add_argument('--picture', metavar='FILE', help='also draw it')
     args = parser.parse_args()
     scores = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-    print('loss and gradient by the logit (below 0: the score is pushed up)\n\n' + ' ' * 25
+    print("loss and gradient by the logit (below 0: the score is pushed up), the papers' forms before their class "
+          'weights;\nstable: f1(s) = s^2 before the rescale\n\n' + ' ' * 25
           + ''.join(f'p = {p:<13g}' for p in scores.tolist()))
-    for name in ('ce', *CLASS_LOSSES):
+    for name in ('ce', *MATCHED):
         by_iou = name in ('vfl', 'mal', 'stable')
         for iou in (*((0.0, 0.5, 0.75, 1.0) if by_iou else (1.0,)), None):
             what = 'not matched' if iou is None else f'match, IoU {iou:g}' if by_iou else 'match, any IoU'

@@ -12,11 +12,11 @@ has to answer for which object. The row is cut into groups, and a group is three
 many copies of every ground truth it must find in each decoder layer, and what its loss weighs. Nothing else tells the
 schemes apart; `query_groups` below is the whole subject.
 
-The letters, the same in every file of this project:
+The letters, the same in every file of this project unless it says otherwise:
 
     B images of a batch    L decoder layers       N queries in the row      C classes
     M boxes of one image   K copies of each box   G groups                  S tokens of the encoder
-    P matched pairs        D width of a token     V levels of the feature pyramid
+    P matched pairs        D width of a token     V levels of the pyramid   E pairs of encoder heads
 
 Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are not.
 
@@ -114,7 +114,7 @@ class Matches(NamedTuple):
 class Cost(NamedTuple):
     """Settings of the matching cost."""
     kind: str = 'focal'          # or 'stable'
-    class_weight: float = 2.0    # of the class part; DETR's softmax cost has 1
+    class_weight: float = 2.0    # w below; DETR's softmax cost has 1 (official code)
     f2: float = 0.5              # stable: exponent of s' (Stable-DINO Table 9: 0.25 to 2, best 0.5)
     official: bool = False       # stable: with the alpha of the released code
     softmax: bool = False        # scores of DETR's cross-entropy, column C for "no object"
@@ -129,10 +129,10 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
                   how: Cost = Cost()) -> Tensor:
     """What it would cost to make query n answer for ground truth m: (L,N,C), (L,N,4), (M,), (M,4) -> (L,N,M).
 
-        cost = 2 * class + 5 * |box - gt|_1 - 2 * GIoU
+        cost = w * class + 5 * |box - gt|_1 - 2 * GIoU,  w = 2
         class = alpha (1-p)^2 (-log p) - (1-alpha) p^2 (-log(1-p)),  p the score of gt's class, alpha = 1/4
-        kind 'stable' (Stable-DINO Eq. 4): p * sqrt(s') in place of p, s' = (GIoU+1)/2, both weights 1 for alpha
-        softmax (DETR, DEIM slides Eq. 2): class = -p, or -p * sqrt(s')
+        kind 'stable' (Stable-DINO Eq. 4): p * s'^f2 in place of p, s' = (GIoU+1)/2; 1 for alpha and for 1-alpha
+        softmax (DETR, DEIM slides Eq. 2): class = -p, or -p * s'^f2
 
     The class part is what the focal loss would change by if the query became positive (Deformable DETR's and H-DETR's
     official code; H-DETR gives no formula, Stable-DINO Eq. 2 has it without alpha). All layers at once, and only with
@@ -142,6 +142,8 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
     of the same class overwrites an earlier one, also of another image, and pairs are judged by a foreign box. It also
     scales the table of an image to a maximum of 1. Here each pair has its own s', as in the paper.
     """
+    # In half precision the 1e-8 below would be 0, and log(0) no cost.
+    pred_logits, pred_boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (pred_logits, pred_boxes))
     boxes = pred_boxes.flatten(0, 1)                                                                # (L*N, 4)
     l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], -1)                          # (L, N, M)
     giou = generalized_box_iou(box_convert(boxes, 'cxcywh', 'xyxy'),
@@ -161,7 +163,7 @@ def one_to_many(cost: Tensor, copies: int) -> tuple[Tensor, Tensor]:
 
     Repeating the ground truths K times and solving one-to-one *is* the one-to-many matching of H-DETR (Eq. 2): equal
     columns compete for different queries. The copies are tiled here, after the cost was computed once. When K*M is
-    more than N, the N cheapest pairs in sum are made and the other copies stay without a query.
+    more than N, the N cheapest pairs in sum are made and the other copies stay without a query: (min(N, K*M),) each.
     """
     query_idx, column = linear_sum_assignment(cost.repeat(1, copies).numpy())
     return torch.from_numpy(query_idx), torch.from_numpy(column) % max(cost.shape[1], 1)
@@ -180,7 +182,7 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
             rows = cost[:, first_query:first_query + group.queries]
             for layer, copies in enumerate(group.copies):
                 query_idx, gt_idx = (known_pairs(group.queries, copies, cost.shape[2]) if group.denoising else
-                                     one_to_many(rows[layer], copies))
+                                     one_to_many(rows[layer], copies))   # (P,) each, of this image, layer and group
                 here = torch.tensor([[layer], [image]]).expand(2, len(query_idx))
                 found.append(torch.cat([here, query_idx[None] + first_query, gt_idx[None] + first_gt]))
             first_query += group.queries
@@ -189,8 +191,8 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
 
 
 class Denoising(NamedTuple):
-    """Queries made from ground truths: `groups` times m of them with little noise, then m with much (`m` in the code:
-    the most boxes of an image; images with fewer leave slots empty)."""
+    """Queries made from ground truths, in groups of m slots with little noise and m with much; m is the number of
+    boxes of the fullest image, and the others leave slots empty. In the row all of them are one QueryGroup."""
     labels: Tensor   # (B, groups*2*m) int64, C at empty slots
     boxes: Tensor    # (B, groups*2*m, 4)
     groups: int
@@ -204,18 +206,20 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
                       label_noise: float = 0.5, box_noise: float = 1.0) -> Denoising:
     """Contrastive denoising (DINO; used by Stable-DINO and DEIM): boxes and labels with noise, to be restored.
 
-    number: about how many ground truths to repeat, over max(1, number // m) groups. A label is drawn anew with
-    probability label_noise / 2. Each corner moves by r * half the box's width or height * box_noise, to either side:
-    r in 0..1 for the first m queries of a group, which answer for their ground truths, and in 1..2 for the other m,
-    which are near misses and have to learn "nothing here". Corners that cross are put in order (as in DEIM's code).
+    gt_labels, gt_boxes: B tensors (M_b,), (M_b,4). There are max(1, number // m) groups, i.e. about `number` noisy
+    ground truths of the fullest image. A label is drawn anew with probability label_noise / 2. Each corner moves by
+    r * half the box's width or height * box_noise, to either side: r in 0..1 for the first m queries of a group, which
+    answer for their ground truths, and in 1..2 for the other m, which are near misses and have to learn "nothing here".
+    Corners that cross are put in order (as in DEIM's code).
     Without any box one group of empty slots is left, so that every step runs the same graph (as DINO's own code).
     Stable-DINO's released settings draw r in 0..1 for both halves, i.e. without the contrast; the paper names DINO's.
-    It goes with every scheme. H-DETR's authors expect it to conflict with hybrid matching, as both add positives; the
-    denoising task in each group that Group DETR mentions (footnote 3) is in no released code, and not here.
+    It goes with every scheme. H-DETR's authors expect it to conflict with hybrid matching (answering in their
+    repository), Group DETR's find it complementary to their groups (Fig. 8). Their task in each group (footnote 3) is
+    in no released code, and not here.
     """
     B, m = len(gt_labels), max(1, *map(len, gt_labels))
     G = max(1, number // m) if any(map(len, gt_labels)) else 1
-    # An image of m boxes more, dropped again, sets the length.
+    # One image more, of m boxes, dropped again: so the length is m even in a batch without boxes.
     filler = gt_labels[0].new_empty(m), gt_boxes[0].new_empty(m, 4)
     labels = pad_sequence([*gt_labels, filler[0]], True, num_classes)[:B]                               # (B, m)
     boxes = pad_sequence([*gt_boxes, filler[1]], True, 0.5)[:B]                                         # (B, m, 4)
@@ -224,7 +228,7 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
     anew = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & ~empty
     labels = torch.where(anew, torch.randint_like(labels, num_classes), labels)
 
-    far = torch.tensor([0.0, 1.0], device=boxes.device).view(2, 1, 1)
+    far = torch.arange(2, device=boxes.device).view(2, 1, 1)   # 0 in the first half of a group, 1 in the second
     sign = torch.randint_like(boxes, 2) * 2 - 1
     shift = sign * (torch.rand_like(boxes) + far) * boxes[..., 2:].repeat(1, 1, 1, 1, 2) / 2 * box_noise
     corners = (box_convert(boxes, 'cxcywh', 'xyxy') + shift).clamp(0, 1)
@@ -234,7 +238,7 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
 
 
 def known_pairs(queries: int, groups: int, M: int) -> tuple[Tensor, Tensor]:
-    """Slot j of each denoising group answers for ground truth j: -> query_idx, gt_idx, of an image with M boxes."""
+    """Slot j of each denoising group answers for ground truth j of M: -> query_idx, gt_idx (groups*M,)."""
     first = torch.arange(groups) * (queries // groups)
     return (first[:, None] + torch.arange(M)).flatten(), torch.arange(M).repeat(groups)
 
@@ -260,7 +264,8 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     rows are cut. The encoder is matched with every label 0: it only ranks "object or not" (official code of H-DETR).
     The GPU is waited for once: all costs cross to the CPU in one transfer. The official code crosses once for each
     of the 6 + 6 layers of both branches and the encoder.
-    Raises FloatingPointError, with the part, image and layer, if a logit or a box is not finite.
+    Raises FloatingPointError, with the part, image and layer, if a logit or a box is not finite; with boxes of an area
+    above 0 all costs are finite then.
     """
     images = range(len(gt_boxes))
     rows = sum(group.queries for group in groups if not group.denoising)   # denoising queries come last
@@ -270,7 +275,7 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b],
                             encoder_how) for b in images]
     # (L+1, B): not finite if any logit or box is not.
-    sums = torch.cat([logits.sum((2, 3)) + boxes.sum((2, 3))
+    sums = torch.cat([logits.sum((2, 3), dtype=torch.float32) + boxes.sum((2, 3), dtype=torch.float32)
                       for logits, boxes in ((pred_logits, pred_boxes), (encoder_logits, encoder_boxes))])
     on_gpu = [*costs, sums]
     flat = torch.cat([x.flatten() for x in on_gpu]).cpu()

@@ -7,6 +7,7 @@ W times, each process with --batch-size images of its own.
 Letters as in the other files: B images, L decoder layers, N queries, K copies, G groups, P matched pairs.
 """
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -21,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
+import hybrid_detr
 from data import DENSE, DenseOneToOne, FirstImages, UserError, open_dataset, train_loader
-from hybrid_detr import HybridDETR, official_name
+from hybrid_detr import HybridDETR, Outputs, official_name
 from losses import F1, LossSettings, criterion
 from matchers import class_scores, denoising_queries, encoder_groups, expected_positives, match, query_groups
 
@@ -32,14 +34,14 @@ COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, clip=0.1, we
               mixed_selection=True, look_forward_twice=True, separate_attention=True, pretrained=True, eval_every=None,
               overfit=0, vertical_flip=False, init=None, cls_loss='focal', mal_gamma=1.5, f1='s2', rescale='one',
               official_losses=False, cost='focal', f2=0.5, fusion='none', denoising=0, dense_o2o=False, ema=0.0,
-              unstable=0)
+              unstable=0, accumulate=1)
 TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine', warmup=0.05, ffn=256,
             pretrained=False)
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
 OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # classification losses of which the released code has another form
 CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)   # the papers'; bce has none
-# DEIM's codes average over the last 10,000 of 440,000 steps; `tiny` over the same part of its few steps, roughly.
+# 1 / (1 - decay) steps are averaged: 10,000 of DEIM's 440,000 (its code; warm-up of RT-DETRv2), 50 of tiny's 600.
 EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}   # tiny or not
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, decoder_layers=6, levels=4)
@@ -48,25 +50,26 @@ PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, decoder_layers=6, level
 # papers give none for one2many; it gets the queries of H-DETR's other rows of 1800 and the K of its branch.
 PAPER_ROWS = {'one2one': dict(n=300), 'branch': dict(n=300, T=1500, K=6, weight=1.0),
               'epoch': dict(n=1800, K=10, rho=2 / 3), 'layer': dict(n=1800, K=10, L1=4),
-              'group': dict(n=300, G=11), 'one2many': dict(n=1800, K=6)}
+              'group': dict(n=300, G=11), 'one2many': dict(n=1800, K=6), 'stable': dict(n=300), 'deim': dict(n=300)}
 TINY_ROWS = {'one2one': dict(n=50), 'branch': dict(n=50, T=150, K=6, weight=1.0),
              'epoch': dict(n=200, K=10, rho=2 / 3), 'layer': dict(n=200, K=10, L1=2),
-             'group': dict(n=50, G=4), 'one2many': dict(n=200, K=6)}
+             'group': dict(n=50, G=4), 'one2many': dict(n=200, K=6), 'stable': dict(n=50),
+             'deim': dict(n=100)}   # a mosaic has four images' objects
 ROW_NUMBERS = ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G')
 
 # The papers that change no assignment are switches, which go with every scheme; a preset is one2one with the paper's.
 # Both were built on detectors with contrastive denoising (DINO, RT-DETRv2).
-PRESETS = {'stable': dict(cls_loss='stable', class_weight=6.0, cost='stable', fusion='dense', denoising=100),
-           'deim': dict(cls_loss='mal', class_weight=1.0, mal_gamma=1.5, dense_o2o=True, schedule='flat-cosine',
-                        ema=True, denoising=100)}
+PRESETS = {'stable': dict(cls_loss='stable', cost='stable', fusion='dense', denoising=100),
+           'deim': dict(cls_loss='mal', dense_o2o=True, schedule='flat-cosine', ema=True, denoising=100)}
 
 
 def parse(argv: list[str] | None = None) -> dict:
     """The flags that were given, by name; `complete` fills in the others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group('what to train')
-    group.add_argument('--scheme', help=f'matching scheme: {", ".join(PAPER_ROWS)} (default branch); or a preset of '
-                                        f'the switches below: {", ".join(PRESETS)}')
+    schemes = ', '.join(scheme for scheme in PAPER_ROWS if scheme not in PRESETS)
+    group.add_argument('--scheme', help=f'matching scheme: {schemes} (default branch); or a preset of the switches '
+                                        f'below: {", ".join(PRESETS)}')
     group.add_argument('--data', help="'shapes', made on the fly, or a folder in the COCO layout (default shapes)")
     group.add_argument('--model', help='tiny, r50, or a ResNet or Swin of torchvision by name (default tiny)')
     group.add_argument('--overfit', type=int, metavar='N', help='train and evaluate on the first N training images')
@@ -86,7 +89,7 @@ def parse(argv: list[str] | None = None) -> dict:
                        help='let the groups see each other in training (Group DETR Table 7 c)')
     group = parser.add_argument_group('what a match is worth: Stable-DINO and DEIM, with every scheme')
     group.add_argument('--cls-loss', choices=tuple(CLASS_WEIGHTS), help='classification loss (default focal)')
-    group.add_argument('--class-weight', type=float, help='its weight (default focal 2, stable 6, the others 1)')
+    group.add_argument('--class-weight', type=float, help='its weight (default: focal 2, stable 6, others 1)')
     group.add_argument('--mal-gamma', type=float, help='mal: exponent (default 1.5)')
     group.add_argument('--f1', choices=tuple(F1), help='stable: what supervises a score, of IoU s and score p '
                                                        '(Stable-DINO Table 7; default s2, the square)')
@@ -99,13 +102,15 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--cost-class', type=float, help='weight of its class part (default 2; ce 1)')
     group.add_argument('--f2', type=float, help="stable cost: exponent of the box's quality (default 0.5)")
     group.add_argument('--fusion', choices=('none', 'simple', 'ulike', 'dense'),
-                       help='join backbone and encoder features (Stable-DINO §3; default none)')
+                       help='join backbone and encoder features (Stable-DINO §3; default none; with the two encoder '
+                            'layers of tiny, ulike is simple)')
     group.add_argument('--denoising', type=int, nargs='?', const=100, metavar='N',
-                       help='contrastive denoising of about N ground truths an image (N default 100; without: 0)')
+                       help='contrastive denoising of about N ground truths an image (default 0, without N 100)')
     group.add_argument('--dense-o2o', action=argparse.BooleanOptionalAction,
-                       help='mosaic and mixup in the first half of training (DEIM), but not at its very start')
+                       help='mosaic and mixup, each for half of the images, from 7 to 57 %% of training (DEIM)')
     group.add_argument('--ema', type=float, nargs='?', const=True, metavar='DECAY',
-                       help='evaluate and save a moving average of the weights (DECAY default 0.9999, tiny 0.98)')
+                       help='evaluate and save a moving average of the weights (default 0, which is none; without '
+                            'DECAY 0.9999, tiny 0.98)')
     group = parser.add_argument_group('model: the switches of H-DETR Table 8')
     group.add_argument('--ffn', type=int, help='width of the feed-forward layers (tiny 256, else 2048)')
     group.add_argument('--dropout', type=float, help='dropout in the transformer (default 0)')
@@ -119,12 +124,13 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--image-size', type=int, help='largest short side of the images (tiny 128 or 192, else 800)')
     group.add_argument('--vertical-flip', action='store_true', help='for photographs without an up, as microscopes see')
     group.add_argument('--batch-size', type=int, help='images of a step, per process (tiny 16 or 4, else 2)')
+    group.add_argument('--accumulate', type=int, help='batches whose gradients are added up for a step (default 1)')
     group.add_argument('--epochs', type=float, help='passes over the training images (default 12 if not tiny)')
     group.add_argument('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
     group.add_argument('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
     group.add_argument('--schedule', choices=('step', 'cosine', 'flat-cosine'),
                        help='x0.1 for the last twelfth; cosine (tiny); or constant, then cosine to one half (DEIM)')
-    group.add_argument('--warmup', type=float, help='part of training in which the learning rate rises')
+    group.add_argument('--warmup', type=float, help='part of training in which the rate rises (tiny 0.05, else 0)')
     group.add_argument('--weight-decay', type=float, help='of AdamW (default 1e-4)')
     group.add_argument('--clip', type=float, help='largest norm of the gradient (default 0.1)')
     group.add_argument('--seed', type=int, help='of weights, order, augmentation and shapes (default 0)')
@@ -134,10 +140,16 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
     group.add_argument('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
     group.add_argument('--unstable', type=int, metavar='N',
-                       help='log the unstable score of each decoder layer on N images at evaluations (default 0: not)')
+                       help='with every evaluation, match N images and tell how many objects change their query from '
+                            'layer to layer (the unstable score; the paper has N = 20; default 0, not)')
     group.add_argument('--samples', metavar='FILE', help='draw what this run would train on to a PNG, and stop')
     group.add_argument('--workers', type=int, help='processes that load images (default 2)')
     group.add_argument('--device', choices=('cuda', 'cpu'), help='default cuda if there is one')
+    group.add_argument('--amp', action=argparse.BooleanOptionalAction,
+                       help='forward in bfloat16, matching and losses in float32 (default on CUDA that supports it)')
+    group.add_argument('--compile', action='store_true', help='compile the deformable attention')
+    group.add_argument('--checkpoint-activations', action='store_true',
+                       help='compute the activations of encoder and decoder twice instead of keeping them')
     return vars(parser.parse_args(argv))
 
 
@@ -149,9 +161,9 @@ def complete(given: dict) -> dict:
     """Fill in the flags that were not given, by model and scheme. Raises UserError for values that make no sense."""
     scheme, tiny = given.get('scheme', COMMON['scheme']), given.get('model', COMMON['model']) == 'tiny'
     rows = TINY_ROWS if tiny else PAPER_ROWS
-    if scheme not in rows and scheme not in PRESETS:
-        raise UserError(f'--scheme {scheme}: choose from {", ".join((*rows, *PRESETS))}')
-    row = rows['one2one' if scheme in PRESETS else scheme]
+    if scheme not in rows:
+        raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)}')
+    row = rows[scheme]
     for name in ROW_NUMBERS:
         if name in given and name not in row:
             raise UserError(f'{flag(name)} {given[name]}: scheme {scheme} only has {", ".join(map(flag, row))}')
@@ -181,7 +193,7 @@ def complete(given: dict) -> dict:
         settings.pop('steps', None)
     for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
                             overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=0,
-                            cost_class=0, f2=0, denoising=0, ema=0, unstable=0).items():
+                            cost_class=0, f2=0, denoising=0, ema=0, unstable=0, accumulate=1).items():
         if not settings.get(name, least) >= least:   # so that nan fails, too
             raise UserError(f'{flag(name)} {settings[name]}: must be at least {least}')
     for name in ('epochs', 'eval_every', 'clip'):
@@ -190,6 +202,8 @@ def complete(given: dict) -> dict:
     for name in ('rho', 'dropout', 'warmup', 'ema'):
         if not settings.get(name, 0) <= 1:
             raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
+    if settings['schedule'] == 'flat-cosine' and settings['warmup'] > DENSE[1]:
+        raise UserError(f'--warmup {settings["warmup"]}: flat-cosine falls from {DENSE[1]:.2f} of training on')
     layers = (TINY_MODEL if tiny else PAPER_MODEL)['decoder_layers']
     if settings.get('L1', 0) > layers:
         raise UserError(f'--L1 {settings["L1"]}: the decoder has {layers} layers')
@@ -240,13 +254,16 @@ def open_data(settings: dict):
 
 
 def draw_samples(settings: dict, file: str, n: int = 8) -> None:
-    """Draw n images as the run trains on them, with --dense-o2o from the middle of its dense part, to a PNG."""
+    """Draw n images as the run trains on them, with --dense-o2o as in its dense part, to a PNG."""
+    if not file.endswith('.png') or not Path(file).parent.is_dir():
+        raise UserError(f'--samples {file}: must end in .png, in a folder that exists')
     train_set, _ = open_data(settings)
     dense = (True,) if settings['dense_o2o'] else ()
     samples = [train_set[0, index, *dense] for index in range(min(n, len(train_set)))]
     names = train_set.categories.names
     pictures = [evaluation.draw_boxes(evaluation.as_picture(s.image), s.boxes, s.labels.tolist(),
-                                      [names[label] for label in s.labels.tolist()]) for s in samples]
+                                      [names[label] if len(s.labels) <= 20 else '' for label in s.labels.tolist()])
+                for s in samples]   # names of many objects would cover them
     evaluation.save_grid([pictures[i:i + 4] for i in range(0, len(pictures), 4)], file)
 
 
@@ -316,8 +333,8 @@ def lr_factor(settings: dict, progress: float) -> float:
 
 
 def flat_cosine(progress: float, flat: float = DENSE[1], end: float = 58 / 60, gamma: float = 0.5) -> float:
-    """DEIM's schedule after its quadratic warm-up: constant until `flat`, where mosaic and mixup end, then a cosine
-    down to gamma at `end`, and constant. The parts of training are those of its RT-DETRv2 R50 (official code)."""
+    """DEIM's schedule after its quadratic warm-up: factor 1 until `flat`, where mosaic and mixup end, then a cosine
+    down to gamma at `end`, and constant; in parts of training, 0 to 1, those of its RT-DETRv2 R50 (official code)."""
     along = min(max((progress - flat) / (end - flat), 0.0), 1.0)
     return gamma + (1 - gamma) * 0.5 * (1 + math.cos(math.pi * along))
 
@@ -326,7 +343,7 @@ def flat_cosine(progress: float, flat: float = DENSE[1], end: float = 58 / 60, g
 def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float, warmup: float) -> None:
     """average = d * average + (1-d) * model, d = decay * (1 - exp(-step / warmup)) after step 1, 2, ... (DEIM's code).
 
-    d starts at 0, so that the first weights, which know nothing, are forgotten. Buffers are averaged, too.
+    d starts near 0, so that the first weights, which know nothing, are forgotten. Buffers are averaged, too.
     """
     d = decay * (1 - math.exp(-step / warmup))
     for mean, new in zip(average.state_dict().values(), model.state_dict().values()):
@@ -380,14 +397,16 @@ def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
     print('  ' + ', '.join(f'{flag(name)[2:]} {value if name == "scheme" else f"{value:.3g}"}'
                            for name, value in row.items()))
     if settings['scheme'] in PRESETS:
-        print(f'  preset {settings["scheme"]}: '
-              + ' '.join(f'{flag(name)} {settings[name]}' for name in PRESETS[settings['scheme']]))
+        names = (*PRESETS[settings['scheme']], 'class_weight', *['mal_gamma'] * (settings['cls_loss'] == 'mal'))
+        print('  preset, and what you gave: ' + ' '.join(
+            ('--' if settings[name] else '--no-') + 'dense-o2o' if name == 'dense_o2o' else f'{flag(name)} '
+            f'{settings[name]}' for name in names))
     for group in dict.fromkeys(groups):   # equal groups once
         print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
               f'{group.copies}, weight {group.weight:.3g}')
     each, whole = (expected_positives(layers=layers, epochs=n, **row) for n in (1, epochs))
     print(f'  positives of a ground truth: {each:.3g} an epoch, {whole:.3g} in the whole training'
-          + ', and those of the denoising queries' * (settings['denoising'] > 0))
+          + ', denoising queries not counted' * (settings['denoising'] > 0))
 
 
 def save(path: Path, content: dict) -> None:
@@ -398,21 +417,59 @@ def save(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
-def matching_stats(outputs, matches, labels, iou, n: int, softmax: bool = False) -> torch.Tensor:
+def matching_stats(outputs, matches, labels, iou, sizes, softmax: bool = False) -> torch.Tensor:
     """What the matching did with the detector, the n queries of the first group, in the last layer: sum of the IoU of
     its pairs, sum of their scores for the matched class, their number; the best score of an unmatched query, mean over
-    the images; and P, all groups and layers. Without boolean indexing, which would wait for the GPU."""
+    the images; and the pairs of all groups and layers, without denoising. No boolean indexing: it would wait for the
+    GPU. sizes: queries of each group."""
+    n = sizes[0]
     scores = class_scores(outputs.pred_logits[-1].detach(), softmax)                                    # (B, N, C)
     final = (matches.layer == len(outputs.pred_logits) - 1) & (matches.query < n)                       # (P,)
     of_pairs = scores[matches.image, matches.query, labels[matches.gt]] * final
     matched = torch.zeros_like(scores[..., 0])                                                          # (B, N)
     matched = matched.index_put((matches.image, matches.query), final.to(scores), accumulate=True)
     best_unmatched = (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean()
-    pairs = torch.full_like(best_unmatched, len(iou))
+    pairs = (matches.query < sum(sizes)).sum()
     return torch.stack([(iou * final).sum(), of_pairs.sum(), final.sum(), best_unmatched, pairs])
 
 
 # --- The loop -------------------------------------------------------------------------------------------------------
+
+def loss_of(trained: torch.nn.Module, model: HybridDETR, batch, settings: dict, progress: float, num_boxes,
+            amp: bool = False, tick=lambda stage: None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Forward, matching and loss of a batch -> the weighted parts of the loss, and `matching_stats`.
+
+    trained: the model, or what DistributedDataParallel made of it; tick is called with the name of every stage that is
+    over. Raises UserError that names the images if the predictions are not finite.
+    """
+    layers, heads = len(model.decoder), len(model.encoder_class_heads)
+    # All groups of the row at once; at inference only the first exists.
+    groups, noised = query_groups(layers=layers, progress=progress, **row_of(settings)), None
+    if settings['denoising']:
+        noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
+        groups.append(noised.query_group(layers))
+    try:
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
+            outputs = trained(batch.images, batch.padding_mask, noised=noised)
+    except ValueError as error:
+        raise UserError(f'{batch.names[0]}: {error}') from None
+    outputs = Outputs(*(x.float() for x in outputs))   # a bfloat16 box is good to 1/256 of the image
+    tick('forward')
+    proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
+    try:
+        matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals,
+                                         evaluation.cost_of(settings))
+    except FloatingPointError as error:
+        raise UserError(f'{error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
+    tick('matching')
+    parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
+                           num_boxes, loss_settings(settings))
+    if settings['cls_loss'] == 'ce':   # a mean over its own batch, whatever num_boxes says
+        parts['class'] = parts['class'] / settings['accumulate']
+    stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups, model.softmax)
+    tick('loss')
+    return parts, stats
+
 
 def main(argv: list[str] | None = None) -> None:
     given = parse(argv)
@@ -423,6 +480,11 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
+        torch.set_float32_matmul_precision('high')   # TF32 in training; eval.py computes in full float32
+    amp = given.pop('amp', device.type == 'cuda' and torch.cuda.is_bf16_supported())
+    if given.pop('compile', False):
+        hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
+    checkpoint_activations = given.pop('checkpoint_activations', False)
     workers, samples = given.pop('workers', 2), given.pop('samples', None)
     settings, folder, checkpoint = new_or_resumed(given)
     if samples:
@@ -449,21 +511,23 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint and average:
         model.load_state_dict(checkpoint['trained_model'])   # 'model' is what is evaluated, here the average
     detector, trained = average or model, model
+    model.checkpoint_activations = checkpoint_activations
+    model.backbone.to(memory_format=torch.channels_last)
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         trained = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
-    batch_size = min(settings['batch_size'], len(train_set))
-    steps_per_epoch = max(1, len(train_set) // (batch_size * world))
+    batch_size, accumulate = min(settings['batch_size'], len(train_set)), settings['accumulate']
+    step_size = batch_size * world * accumulate
+    steps_per_epoch = max(1, len(train_set) // step_size)
     steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
     eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
     save_every = max(steps_per_epoch, 50)   # once an epoch, but not all the time if an epoch is a few steps
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
-    layers, loss, cost = len(model.decoder), loss_settings(settings), evaluation.cost_of(settings)
     if rank == 0:
-        print(f'{folder}: steps {start} to {steps} of {batch_size * world} images on {device}, '
+        print(f'{folder}: steps {start} to {steps} of {step_size} images on {device}{" in bfloat16" * amp}, '
               f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
-        describe_scheme(settings, layers, epochs=steps / steps_per_epoch)
+        describe_scheme(settings, len(model.decoder), epochs=steps / steps_per_epoch)
         if start >= steps:
             print('  this run is at its end: nothing is left to train')
     records = []
@@ -491,8 +555,10 @@ def main(argv: list[str] | None = None) -> None:
             metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
             metrics['duplicates'] = evaluation.duplicate_rate(rows)
             if settings['unstable']:
-                metrics['unstable'] = evaluation.unstable_score(detector, val_set, settings['unstable'], cost)
+                metrics['unstable'] = evaluation.unstable_score(detector, val_set, categories['ids'],
+                                                                 settings['unstable'], evaluation.cost_of(settings))
             log({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
+            told += f', last unstable score {metrics["unstable"][-1]:.0f} %' if metrics.get('unstable') else ''
             tqdm.write('step {}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates{}'
                        .format(done, told, **metrics))
 
@@ -504,8 +570,8 @@ def main(argv: list[str] | None = None) -> None:
         evaluate(start)   # the run was stopped after this checkpoint, before its evaluation
 
     dense = DENSE if isinstance(train_set, DenseOneToOne) else None
-    loader = iter(train_loader(train_set, batch_size, steps, workers, settings['seed'], start, rank, world,
-                               pin=device.type == 'cuda', dense=dense))
+    loader = iter(train_loader(train_set, batch_size, steps * accumulate, workers, settings['seed'],
+                               start * accumulate, rank, world, pin=device.type == 'cuda', dense=dense))
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0, mininterval=1)
     recent, since = [], time.perf_counter()
     model.train()
@@ -516,34 +582,25 @@ def main(argv: list[str] | None = None) -> None:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
         # So no schedule and no random state has to be saved, and a resumed run is equal to the bit.
         torch.manual_seed((settings['seed'] * steps + step) * world + rank)
-        batch = next(loader).to(device)
-
-        # All groups of the row at once; at inference only the first exists.
-        groups, noised = query_groups(layers=layers, progress=progress, **row_of(settings)), None
-        if settings['denoising']:
-            noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
-            groups.append(noised.query_group(layers))
-        try:
-            outputs = trained(batch.images, batch.padding_mask, noised=noised)
-        except ValueError as error:
-            raise UserError(f'step {step}, {batch.names[0]}: {error}') from None
-        heads = len(model.encoder_class_heads)
-        proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
-        try:
-            matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals, cost)
-        except FloatingPointError as error:
-            raise UserError(f'step {step}: {error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
-        # What divides the loss: the boxes of all images, not of each, so that an empty image weighs nothing extra.
-        num_boxes = float(sum(map(len, batch.gt_labels)))
-        if world > 1:   # the mean over the processes: their gradients are averaged, too
-            total = torch.tensor(num_boxes, device=device)
-            dist.all_reduce(total)
-            num_boxes = total.item() / world
-        parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
-                               num_boxes, loss)
+        batches = [next(loader) for _ in range(accumulate)]
+        # What divides the loss: the boxes of all images of the step, so that an empty image weighs nothing extra. The
+        # mean over the processes, whose gradients are averaged, too.
+        num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
+        if world > 1:
+            num_boxes = torch.tensor(num_boxes / world, device=device)
+            dist.all_reduce(num_boxes)
 
         optimizer.zero_grad(set_to_none=True)
-        sum(parts.values()).backward()
+        numbers = 0
+        for i, batch in enumerate(batches):
+            last = i == accumulate - 1   # processes exchange their gradients once a step
+            with contextlib.nullcontext() if world == 1 or last else trained.no_sync():
+                try:
+                    parts, stats = loss_of(trained, model, batch.to(device), settings, progress, num_boxes, amp)
+                except UserError as error:
+                    raise UserError(f'step {step}: {error}') from None
+                sum(parts.values()).backward()
+            numbers = numbers + torch.cat([torch.stack([part.detach() for part in parts.values()]), stats])
         # The summed losses of all layers are large: clipping at 0.1 (official code) acts at nearly every step.
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
@@ -551,8 +608,7 @@ def main(argv: list[str] | None = None) -> None:
             update_average(average, model, step + 1, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
 
         # Kept on the device: reading a number after every step would make the CPU wait for it.
-        stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups[0], model.softmax)
-        recent.append(torch.cat([torch.stack([part.detach() for part in parts.values()]), stats]))
+        recent.append(numbers)
         done = step + 1
         if done % 50 == 0 or done % eval_every == 0 or done == steps:
             values = torch.stack(recent).mean(0).tolist()
@@ -560,9 +616,9 @@ def main(argv: list[str] | None = None) -> None:
             record = {'step': done, 'epoch': round(done / steps_per_epoch, 3), 'loss': sum(of_parts.values()),
                       **of_parts, 'matched_iou': iou_sum / max(count, 1e-9),
                       'matched_score': score_sum / max(count, 1e-9),
-                      'best_unmatched_score': unmatched, 'positives': pairs / batch_size,
+                      'best_unmatched_score': unmatched / accumulate, 'positives': pairs / (batch_size * accumulate),
                       'lr': optimizer.param_groups[0]['lr'],
-                      'images_per_second': len(recent) * batch_size * world / (time.perf_counter() - since)}
+                      'images_per_second': len(recent) * step_size / (time.perf_counter() - since)}
             log(record)
             bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
                                 '{images_per_second:.0f} images/s'.format(**record))
