@@ -406,158 +406,183 @@ def published_self_attention(self, content: Tensor, position: Tensor, groups, de
 
 def published_deformable_attention(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """The pure PyTorch form that comes with the released code: all samples of all levels side by side."""
-    B, S, heads, d = value.shape
-    N, grids, samples = locations.shape[1], 2 * locations - 1, []
-    for v, level in enumerate(value.split([h * w for h, w in shapes], 1)):
-        level = level.flatten(2).transpose(1, 2).reshape(B * heads, d, *shapes[v])
-        grid = grids[:, :, :, v].transpose(1, 2).flatten(0, 1)
-        samples.append(F.grid_sample(level, grid, mode='bilinear', padding_mode='zeros', align_corners=False))
-    weights = weights.transpose(1, 2).reshape(B * heads, 1, N, -1)
-    out = (torch.stack(samples, -2).flatten(-2) * weights).sum(-1)
-    return out.view(B, heads * d, N).transpose(1, 2).contiguous()
+    B, _, heads, d = value.shape
+    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                                   # (B*heads, N, V, P, 2)
+    maps = (level.permute(0, 2, 3, 1).reshape(B * heads, d, h, w)
+            for (h, w), level in zip(shapes, value.split([h * w for h, w in shapes], 1)))
+    samples = [F.grid_sample(level, grid[:, :, v], align_corners=False) for v, level in enumerate(maps)]
+    samples = torch.stack(samples, 3)                                                          # (B*heads, d, N, V, P)
+    out = (samples * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum((3, 4))
+    return out.view(B, heads * d, -1).transpose(1, 2)
 
 
 class Clock:
-    """Seconds of each stage of the steps of a row; waits for the GPU at the end of a stage."""
+    """Seconds of each stage of a row's steps; waits for the GPU at the end of a stage."""
 
     def __init__(self, device: torch.device):
         self.device, self.rounds = device, []
-
-    def start(self) -> None:
-        self.rounds.append({})
-        self.last = self.now()
 
     def now(self) -> float:
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
+    def start(self) -> 'Clock':
+        self.rounds.append({})
+        self.last = self.now()
+        return self
+
     def tick(self, stage: str) -> None:
         now = self.now()
         self.rounds[-1][stage] = now - self.last
         self.last = now
 
+    def seconds(self, stages=None) -> list[float]:
+        """Of each round but the first, which warms up: the sum of these stages, or of all."""
+        return [sum(value for stage, value in r.items() if not stages or stage in stages) for r in self.rounds[1:]]
 
-def spread(values: list[float], unit: str = '') -> str:
-    return f'{np.median(values):.3g} ({min(values):.3g}-{max(values):.3g}){unit}'
+
+def spread(values: list[float]) -> str:
+    """Median, fastest and slowest."""
+    return f'{np.median(values):.3g} ({min(values):.3g}-{max(values):.3g})'
 
 
-def benchmark_rows(kind: str, model: str) -> dict[str, dict]:
+class BenchmarkRow:
+    """A model in training, and what its steps took.
+
+    given: flags of train.py, and `checkpoint_activations`, or `published` for the released code's way: a mask in
+    self-attention, its deformable attention, its loss and an optimizer that goes parameter by parameter.
+    """
+
+    def __init__(self, given: dict, device: torch.device, amp: bool):
+        import train   # which imports this file
+        given = dict(given)
+        checkpointed, self.published = (given.pop(x, False) for x in ('checkpoint_activations', 'published'))
+        self.settings, self.amp, self.device = train.complete(given), amp, device
+        self.dataset = open_dataset(self.settings['data'], 'train', self.settings['image_size'])
+        torch.manual_seed(0)
+        self.model = HybridDETR(**train.architecture(self.settings, len(self.dataset.categories))).to(device).train()
+        self.model.checkpoint_activations = checkpointed
+        self.model.backbone.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(train.parameter_groups(self.model, self.settings), foreach=False,
+                                           fused=not self.published)
+        self.loss_of, self.row = train.loss_of, train.row_of(self.settings)
+        self.clock, self.inference, self.memory = Clock(device), Clock(device), 0
+
+    def loss(self, batch, num_boxes: float) -> Tensor:
+        tick = self.clock.tick
+        if not self.published:
+            parts, _ = self.loss_of(self.model, self.model, batch, self.settings, 0.0, num_boxes, self.amp, tick)
+            return sum(parts.values())
+        with (mock.patch.object(hybrid_detr, 'deformable_attention', published_deformable_attention),
+              mock.patch.object(hybrid_detr.GroupSelfAttention, 'forward', published_self_attention),
+              torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)):
+            outputs = self.model(batch.images, batch.padding_mask)
+        tick('forward')
+        loss = published_loss(Outputs(*(x.float() for x in outputs)), batch.gt_labels, batch.gt_boxes,
+                              query_groups(layers=len(self.model.decoder), **self.row), num_boxes)
+        tick('loss')
+        return loss
+
+    def step(self, batch) -> None:
+        """A training step and an inference. The memory is CUDA's peak above what was there before; on the CPU, which
+        keeps no such account, the bytes that forward keeps for backward."""
+        kept, num_boxes = {}, float(sum(map(len, batch.gt_boxes)))
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        first = not self.clock.rounds   # the round that warms up, and does not count
+        if self.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        self.clock.start()
+        with (torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x) if first and self.device.type == 'cpu' else
+              contextlib.nullcontext()):
+            loss = self.loss(batch, num_boxes)
+        loss.backward()
+        self.clock.tick('backward')
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings['clip'])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clock.tick('optimizer')
+        if self.device.type == 'cuda':
+            self.memory = max(self.memory, torch.cuda.max_memory_allocated(self.device) - before)
+        elif first:
+            own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+            self.memory = sum(size for pointer, size in kept.items() if pointer not in own)
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            self.inference.start()
+            self.model.eval()(batch.images, batch.padding_mask)
+            self.inference.tick('image')
+        self.model.train()
+
+    def gflops(self, batch) -> float:
+        """Of the forward of an image in training, without the samples of deformable attention (torch counts none)."""
+        with FlopCounterMode(display=False) as flops:
+            self.model(batch.images[:1], batch.padding_mask[:1])
+        return flops.get_total_flops() / 1e9
+
+
+def benchmark_rows(kind: str, tiny: bool) -> dict[str, dict]:
     """name -> flags of train.py, by which the rows of the table differ."""
     import train
-    rows = train.TINY_ROWS if model == 'tiny' else train.PAPER_ROWS
-    n, branch, G = rows['one2one']['n'], rows['branch'], rows['group']['G']
+    rows = train.TINY_ROWS if tiny else train.PAPER_ROWS
+    n, T, G = rows['one2one']['n'], rows['branch']['T'], rows['group']['G']
     if kind == 'queries':
-        return {f'branch, T={m * n}': dict(scheme='branch', T=m * n) for m in (0, 1, 3, 5, 7, 11)}
+        return {f'branch, T = {m * n}': dict(scheme='branch', T=m * n) for m in (0, 1, 3, 5, 7, 11)}
     if kind == 'groups':
-        return {f'group, G={G}': dict(scheme='group', G=G) for G in (1, 2, 4, 7, 10, 13)}
-    total = n + branch['T']
-    return {'one2one': dict(scheme='one2one'), f'one2one, n={total}': dict(scheme='one2one', n=total),
-            f'one2one, n={n * G}': dict(scheme='one2one', n=n * G),
+        return {f'group, G = {G}': dict(scheme='group', G=G) for G in (1, 2, 4, 7, 10, 13)}
+    return {'one2one': dict(scheme='one2one'), f'one2one, n = {n + T}': dict(scheme='one2one', n=n + T),
+            f'one2one, n = {n * G}': dict(scheme='one2one', n=n * G),
             **{scheme: dict(scheme=scheme) for scheme in rows if scheme != 'one2one'},
             'branch, checkpointed': dict(scheme='branch', checkpoint_activations=True),
             'branch, as published': dict(scheme='branch', published=True)}
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Print time and memory of training steps, all rows one after the other in every round, so that a slower moment of
-    the machine slows all of them. The first round warms up and does not count."""
-    import train   # which imports this file
-    device, rows, runs = torch.device(args.device), benchmark_rows(args.benchmark, args.model), {}
-    rows = {name: given for name, given in rows.items() if not args.rows or args.rows in name or name == 'one2one'}
+    """Print time and memory of training steps: in every round a step of each row, on the same batch, so that a slower
+    moment of the machine slows all of them, and ratios within a round mean something."""
+    device, rows = torch.device(args.device), benchmark_rows(args.benchmark, args.model == 'tiny')
     amp = device.type == 'cuda' and torch.cuda.is_bf16_supported() if args.amp is None else args.amp
     if args.compile:
         hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
-    for name, given in rows.items():
-        torch.manual_seed(0)
-        given = {'model': args.model, 'pretrained': False, **given}
-        checkpointed, published = (given.pop(x, False) for x in ('checkpoint_activations', 'published'))
-        if args.image_size:
-            given['image_size'] = args.image_size
-        settings = train.complete({**given, 'data': args.data or 'shapes'})
-        dataset = open_dataset(settings['data'], 'train', settings['image_size'])
-        model = HybridDETR(**train.architecture(settings, len(dataset.categories))).to(device).train()
-        model.backbone.to(memory_format=torch.channels_last)
-        model.checkpoint_activations = checkpointed
-        optimizer = torch.optim.AdamW(train.parameter_groups(model, settings), fused=not published, foreach=False)
-        runs[name] = settings, model, optimizer, published, Clock(device)
+    common = {'model': args.model, 'pretrained': False, 'data': args.data or 'shapes'}
+    if args.image_size:
+        common['image_size'] = args.image_size
+    first = next(iter(rows))
+    rows = {name: BenchmarkRow({**common, **given}, device, amp) for name, given in rows.items()
+            if name == first or not args.rows or any(part in name for part in args.rows.split(','))}
+    settings, dataset, data = rows[first].settings, rows[first].dataset, Clock(device)
     batch_size = args.batch_size or settings['batch_size']
     loader = iter(train_loader(dataset, batch_size, args.repeats + 1, args.workers, pin=device.type == 'cuda'))
-    print(f'{torch.__version__} on {device}, {torch.get_num_threads()} threads; batches of {batch_size} images of '
-          f'{settings["image_size"]} pixels, {args.model}{", bfloat16" * amp}; {args.repeats} rounds')
-    memory, speed = {}, {name: [] for name in runs}
-    for done in tqdm(range(args.repeats + 1), desc='rounds', disable=None):
-        data = Clock(device)
+    for _ in tqdm(range(args.repeats + 1), desc='rounds', disable=None):
         data.start()
         batch = next(loader).to(device)
         data.tick('data')
-        num_boxes = float(sum(map(len, batch.gt_boxes)))
-        for name, (settings, model, optimizer, published, clock) in runs.items():
-            kept, pack = {}, contextlib.nullcontext()
-            if device.type == 'cuda':
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-            elif done == 0:   # what forward keeps for backward; in the round that does not count
-                pack = torch.autograd.graph.saved_tensors_hooks(
-                    lambda x: (kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}), x)[1],
-                    lambda x: x)
-            patches = contextlib.ExitStack()
-            if published:
-                patches.enter_context(mock.patch.object(hybrid_detr, 'deformable_attention',
-                                                        published_deformable_attention))
-                patches.enter_context(mock.patch.object(hybrid_detr.GroupSelfAttention, 'forward',
-                                                        published_self_attention))
-            with patches:
-                clock.start()
-                with pack:
-                    if published:
-                        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                            outputs = model(batch.images, batch.padding_mask)
-                        clock.tick('forward')
-                        groups = query_groups(layers=len(model.decoder), **train.row_of(settings))
-                        loss = published_loss(Outputs(*(x.float() for x in outputs)), batch.gt_labels, batch.gt_boxes,
-                                              groups, num_boxes)
-                        clock.tick('loss')
-                    else:
-                        parts, _ = train.loss_of(model, model, batch, settings, 0.0, num_boxes, amp, clock.tick)
-                        loss = sum(parts.values())
-                loss.backward()
-            clock.tick('backward')
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            clock.tick('optimizer')
-            clock.rounds[-1].update(data.rounds[-1])
-            own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-            peak = torch.cuda.max_memory_allocated(device) - before if device.type == 'cuda' else sum(
-                size for pointer, size in kept.items() if pointer not in own)
-            memory[name] = max(memory.get(name, 0), peak)
-            del loss
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                clock.last = clock.now()
-                model.eval()(batch.images, batch.padding_mask)
-                speed[name].append(batch_size / (clock.now() - clock.last))
-                model.train()
+        for row in rows.values():
+            row.step(batch)
 
-    stages = ('data', 'forward', 'matching', 'loss', 'backward', 'optimizer')
-    steps = {name: [sum(stage for key, stage in r.items() if key != 'data') for r in run[4].rounds[1:]]
-             for name, run in runs.items()}
-    first, totals = next(iter(runs)), {name: sum(run[1].groups) for name, run in runs.items()}
-    print(f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | times {first} | '
-          f'times one2one with as many queries |\n|{"---|" * 13}')
-    for name, (settings, model, _, _, clock) in runs.items():
-        with FlopCounterMode(display=False) as flops:
-            model(batch.images[:1], batch.padding_mask[:1])
-        alike = [other for other in runs if other.startswith('one2one') and totals[other] == totals[name]]
-        cells = [f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}', f'{flops.get_total_flops() / 1e9:.0f}',
-                 spread(steps[name]),
-                 *(f'{np.median([r[stage] for r in clock.rounds[1:]]):.3g}' if stage in clock.rounds[-1] else ''
-                   for stage in stages), f'{memory[name] / 1e6:.0f}', spread(speed[name][1:]),
-                 *(spread([a / b for a, b in zip(steps[name], steps[other])]) for other in (first, *alike[:1]))]
-        print(f'| {name} | {" | ".join(cells)} |{"" if alike else " |"}')
-    print('step: forward to optimizer, median (fastest-slowest); GFLOPs: forward of an image in training, without the '
-          'samples of deformable attention;\nMB: ' + ('peak of a step above what was allocated before it' if
-          device.type == 'cuda' else 'kept by forward for backward') + '; images/s: inference of the first group')
+    stages, steps = ('forward', 'matching', 'loss', 'backward', 'optimizer'), {
+        name: row.clock.seconds() for name, row in rows.items()}
+    print(f'torch {torch.__version__} on {device}, {torch.get_num_threads()} threads; {args.model}'
+          f'{", bfloat16" * amp}; batches of {batch_size} images of {settings["image_size"]} pixels; {args.repeats} '
+          f'rounds; loading a batch {spread(data.seconds())} s\n'
+          f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | '
+          f'against {first} | against one2one with as many queries |\n|{"---|" * (9 + len(stages) - 1)}')
+    for name, row in rows.items():
+        alike = [other for other in rows if other.startswith('one2one')
+                 and sum(rows[other].model.groups) == sum(row.model.groups)]
+        print('| ' + ' | '.join([
+            name, f'{sum(p.numel() for p in row.model.parameters()) / 1e6:.1f}', f'{row.gflops(batch):.1f}',
+            spread(steps[name]), *(f'{np.median(row.clock.seconds([stage])):.3g}' for stage in stages),
+            f'{row.memory / 1e6:.0f}', spread([batch_size / s for s in row.inference.seconds()]),
+            *(spread([a / b for a, b in zip(steps[name], steps[other])]) for other in (first, *alike[:1])),
+            *[''] * (not alike)]) + ' |')
+    print('step: forward to optimizer, median (fastest-slowest) of the rounds; GFLOPs: forward of an image in training '
+          'without deformable sampling;\nMB: ' + ('peak of a step above what was allocated before it' if device.type ==
+          'cuda' else 'kept by forward for backward') + '; images/s: inference with the first group')
 
 
 def benchmark_loss(args: argparse.Namespace) -> None:
@@ -574,20 +599,19 @@ def benchmark_loss(args: argparse.Namespace) -> None:
     outputs = Outputs(*(x for N, l in ((1800, L), (S, 1)) for x in (
         (torch.randn(l, B, N, C, generator=made) - 4).to(device).requires_grad_(), boxes(l, B, N))))
     labels, gt = [torch.randint(C, (M,), generator=made).to(device) for _ in range(B)], [*boxes(B, M).detach()]
-    seconds, values = {'here': [], 'as published': []}, {}
-    for done in range(args.repeats + 1):
-        for name in seconds:
-            clock = Clock(device)
+    clocks, values = {'here': Clock(device), 'as published': Clock(device)}, {}
+    for _ in range(args.repeats + 1):
+        for name, clock in clocks.items():
             clock.start()
             if name == 'here':
                 matches = match(*outputs, labels, gt, groups, tokens)
                 loss = sum(criterion(outputs, labels, gt, *matches, groups, tokens, B * M)[0].values())
             else:
                 loss = published_loss(outputs, labels, gt, groups, B * M)
-            torch.autograd.backward(loss)
+            loss.backward()
             clock.tick('all')
-            seconds[name] += [clock.rounds[0]['all']] * (done > 0)
             values[name] = loss.item()
+    seconds = {name: clock.seconds() for name, clock in clocks.items()}
     ratio = [b / a for a, b in zip(*seconds.values())]
     print(f'matching, loss and backward, {L} layers of 300 + 1500 queries, K = 6, {S} tokens, {B} images of {M} boxes, '
           f'{C} classes on {device}:\n' + ', '.join(f'{name} {spread(s)} s' for name, s in seconds.items())
@@ -639,7 +663,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                        help='a table of all schemes (default), of branch with more and more queries, of group with '
                             'more and more groups; or matching and loss alone')
     group.add_argument('--model', default='tiny', help='tiny, r50, or a ResNet or Swin of torchvision (default tiny)')
-    group.add_argument('--rows', help='of the table only those with this in their names')
+    group.add_argument('--rows', help='only rows with one of these, separated by commas, in their names')
     group.add_argument('--repeats', type=int, default=5, help='rounds that count (default 5)')
     group.add_argument('--amp', action=argparse.BooleanOptionalAction, help='as in train.py')
     group.add_argument('--compile', action='store_true', help='as in train.py')

@@ -80,13 +80,13 @@ MATCHED = {
     # successive layers agree (Stable-DINO §2.4.1). The factor is differentiated, as in the released code.
     'stable': lambda p, s, how: ((s - p) ** 2 * (0.25 if how.official else 1.0), s)}
 
-# Scores p of all other entries -> weight of BCE(p, 0). "Focal": what is known to be background hardly counts.
+# Scores p of all other entries -> constant and weight of BCE(p, 0). Focal: what is known to be background hardly counts.
 BACKGROUND = {
-    'bce': lambda p, how: 1.0,
-    'focal': lambda p, how: 0.75 * p ** 2,
-    'vfl': lambda p, how: 0.75 * (p.detach() if how.official else p) ** 2,
-    'mal': lambda p, how: (p.detach() if how.official else p) ** how.mal_gamma,
-    'stable': lambda p, how: p ** 2 * (0.75 if how.official else 1.0)}
+    'bce': lambda p, how: (1.0, 1.0),
+    'focal': lambda p, how: (0.75, p ** 2),
+    'vfl': lambda p, how: (0.75, (p.detach() if how.official else p) ** 2),
+    'mal': lambda p, how: (1.0, (p.detach() if how.official else p) ** how.mal_gamma),
+    'stable': lambda p, how: (0.75 if how.official else 1.0, p ** 2)}
 
 
 def match_loss(logits: Tensor, s: Tensor, how: LossSettings) -> Tensor:
@@ -95,8 +95,11 @@ def match_loss(logits: Tensor, s: Tensor, how: LossSettings) -> Tensor:
     return weight * (F.softplus(logits) - target * logits)
 
 
-def background_loss(logits: Tensor, how: LossSettings) -> Tensor:
-    return BACKGROUND[how.cls_loss](logits.sigmoid(), how) * F.softplus(logits)
+def background_loss(logits: Tensor, how: LossSettings, dim: Sequence[int] = ()) -> Tensor:
+    """Loss of all other entries; if `dim` is given, its sum over these dimensions."""
+    constant, weight = BACKGROUND[how.cls_loss](logits.sigmoid(), how)
+    loss = weight * F.softplus(logits)
+    return constant * (loss.sum(dim) if dim else loss)   # a factor for each entry would be a pass over millions
 
 
 def class_loss(logits: Tensor, matched: Tensor, s: Tensor, how: LossSettings = LossSettings()) -> Tensor:
@@ -204,7 +207,7 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
             s = stable_target(iou, of_pairs.sigmoid(), owner, largest, how.f1)
         # Unmatched queries are background in every class, and pay no box loss. Nearly all entries are background, so
         # all are counted as such, and those of the pairs then exchanged: a one-hot target would cost as much again.
-        loss = (background_loss(logits, how).sum((1, 3)) * scale).sum()
+        loss = (background_loss(logits, how, (1, 3)) * scale).sum()
         loss = loss + ((match_loss(of_pairs, s, how) - background_loss(of_pairs, how)) * pair_scale).sum()
     return how.class_weight * loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou
 

@@ -9,7 +9,9 @@ import io
 import itertools
 import json
 import math
+import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.ops import box_convert, box_iou, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import (FrozenBatchNorm2d, box_convert, box_iou, generalized_box_iou, generalized_box_iou_loss,
+                             sigmoid_focal_loss)
 from torchvision.transforms import v2
 
 import data
@@ -907,6 +910,24 @@ class TestLosses(unittest.TestCase):
         logits, target = torch.randn(50, 7, dtype=torch.float64), (torch.rand(50, 7) < 0.3).double()
         self.assertTrue(torch.allclose(losses.class_loss(logits, target, target),
                                        sigmoid_focal_loss(logits, target, 0.25, 2)))
+
+    def test_as_published(self):
+        """The forms that the benchmark measures against give the same numbers."""
+        rng = np.random.default_rng(6)
+        outputs, (labels, boxes) = random_outputs(rng, 3, 3, 14, 4), random_targets(rng, (3, 0, 2), 4)
+        groups = [QueryGroup(6, (1, 1, 1)), QueryGroup(8, (2, 2, 1), 0.7)]
+        here = sum(loss_of(outputs, labels, boxes, groups).values())
+        published = evaluation.published_loss(outputs, labels, boxes, groups, 5)
+        self.assertAlmostEqual(float(here / published), 1, places=5)
+        torch.manual_seed(0)
+        attention, content = hybrid_detr.GroupSelfAttention(16, 2, 0.0), torch.randn(2, 2, 8, 16)
+        for sizes in ((3, 5), (4, 4)):
+            torch.testing.assert_close(attention(*content, sizes),
+                                       evaluation.published_self_attention(attention, *content, sizes))
+        value, weights = torch.randn(2, 20, 2, 4), torch.rand(2, 5, 2, 2, 3)
+        arguments = value, [(4, 4), (2, 2)], torch.rand(2, 5, 2, 2, 3, 2), weights
+        torch.testing.assert_close(hybrid_detr.deformable_attention(*arguments),
+                                   evaluation.published_deformable_attention(*arguments))
 
     def test_naive_loop_gives_the_same_loss(self):
         """One matcher and one loss per image, layer and group, written out, against all of them at once."""
@@ -1960,6 +1981,14 @@ def iou(a, b):
 SMALL = ['--image-size', '64', '--batch-size', '2', '--queries', '8', '--workers', '0', '--device', 'cpu']
 
 
+def train_with_frozen_norm(flags: list[str]) -> None:
+    """train.py on a few images without batch norm, whose statistics are a batch's own."""
+    real = data.ShapesDataset
+    with (unittest.mock.patch.object(torch.nn, 'BatchNorm2d', FrozenBatchNorm2d),
+          unittest.mock.patch.object(data, 'ShapesDataset', lambda split, _, size, seed: real(split, 8, size, seed))):
+        train.main(flags)
+
+
 class TestCommands(unittest.TestCase):
     def setUp(self):
         self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -2057,6 +2086,73 @@ class TestCommands(unittest.TestCase):
                             '--denoising', str(denoising), *flags])
                 record = json.loads((out / 'metrics.jsonl').read_text().splitlines()[-2])
                 self.assertTrue(math.isfinite(record['loss']) and record['positives'] > 0, record)
+
+    def test_two_processes_and_accumulation_equal_one_batch(self):
+        """The gradient of a step is the same from one batch of 4, from 2 x 2 in turn, and from 2 processes of 2."""
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            port = free.getsockname()[1]
+        flags = [*SMALL, '--scheme', 'group', '--G', '2', '--steps', '1']
+        runs = {'one': ['--batch-size', '4'], 'accumulated': ['--accumulate', '2'], 'two': []}
+        for name, more in runs.items():
+            call = [*flags, *more, '--out', str(self.root / name)]
+            world = 2 if name == 'two' else 1
+            processes = [subprocess.Popen(
+                [sys.executable, '-c', f'import test_all; test_all.train_with_frozen_norm({call})'], cwd=HERE,
+                env={**os.environ, 'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': 'localhost',
+                     'MASTER_PORT': str(port)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                for rank in range(world)]
+            for process in processes:
+                printed = process.communicate(timeout=120)[0]
+                self.assertEqual(process.returncode, 0, printed)
+        moments = {name: evaluation.read_checkpoint(str(self.root / name / 'checkpoint.pt'))['optimizer']['state']
+                   for name in runs}   # after one step, a tenth of the clipped gradient
+        for name in ('accumulated', 'two'):
+            for i, state in moments['one'].items():
+                difference = (state['exp_avg'] - moments[name][i]['exp_avg']).abs().max()
+                self.assertLess(float(difference), 1e-7, f'parameter {i}, {name}')   # clipped to a norm of 0.1
+        self.assertGreater(max(float(state['exp_avg'].abs().max()) for state in moments['one'].values()), 1e-4)
+
+    def test_mixed_precision_and_checkpointed_activations(self):
+        records = {}
+        for name, flags in (('plain', []), ('checkpointed', ['--checkpoint-activations']), ('bfloat16', ['--amp'])):
+            self.run_train('--steps', '2', '--scheme', 'branch', '--T', '16', '--K', '2', '--denoising', '4',
+                           '--dropout', '0.1', *flags, out=name)
+            records[name] = json.loads((self.root / name / 'metrics.jsonl').read_text().splitlines()[0])
+        self.assertAlmostEqual(records['checkpointed']['loss'] / records['plain']['loss'], 1, delta=1e-6,
+                               msg='dropout must be drawn alike when a layer is computed again')
+        self.assertAlmostEqual(records['bfloat16']['loss'] / records['plain']['loss'], 1, delta=0.1)
+        self.assertNotEqual(records['bfloat16']['loss'], records['plain']['loss'])
+
+    def test_benchmark(self):
+        for kind, *flags in (('schemes', '--rows', 'n = 200,published'), ('queries', '--rows', 'T = 50'), ('loss',)):
+            with quiet() as printed:
+                evaluation.main(['--benchmark', kind, '--repeats', '1', '--batch-size', '1', '--workers', '0',
+                                 '--device', 'cpu', *flags])
+            lines = printed.getvalue().splitlines()
+            if kind == 'loss':
+                here, published = (float(x) for x in re.findall(r'\d+\.\d{5}', lines[-1]))
+                self.assertAlmostEqual(here / published, 1, places=5, msg='both ways must give the same loss')
+            else:
+                table = [line for line in lines if line.startswith('|')]
+                self.assertEqual({line.count('|') for line in table}, {14}, 'cells of every line')
+                self.assertEqual(len(table), 2 + (3 if kind == 'schemes' else 2))
+
+    def test_one_synchronisation_a_step(self):
+        """Everything from forward to loss may copy to the CPU once (in match), and never ask for a number."""
+        model, calls = tiny_model((6, 8), denoising=True), []
+        settings = train.complete({'scheme': 'branch', 'n': 6, 'T': 8, 'K': 2, 'cls_loss': 'stable', 'denoising': 4})
+        with quiet():
+            batch = data.collate([data.ShapesDataset('train', 2, 64, 0)[0, i] for i in range(2)])
+        batch = batch._replace(gt_labels=[labels % 3 for labels in batch.gt_labels])
+        with contextlib.ExitStack() as patches:
+            for name in ('cpu', 'item', '__bool__', '__int__', '__float__', 'numpy'):
+                real = getattr(torch.Tensor, name)
+                patches.enter_context(unittest.mock.patch.object(
+                    torch.Tensor, name, lambda x, *args, name=name, real=real: calls.append(name) or real(x, *args)))
+            parts, _ = train.loss_of(model, model, batch, settings, 0.0, 5.0)
+            sum(parts.values()).backward()
+        self.assertEqual([name for name in calls if name != 'numpy'], ['cpu'], 'numpy: of costs that are on the CPU')
 
     def test_switches_reach_the_computation(self):
         seen = {}
