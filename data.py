@@ -9,12 +9,14 @@ Those to train on also have `load(index)`, the image as stored, from which Dense
 """
 import json
 import math
+import signal
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
@@ -276,6 +278,9 @@ def train_transforms(size: int, vertical_flip: bool = False):
     return v2.Compose([*flips_and_colours(size, vertical_flip), v2.RandomChoice([resize, cropped]), TIDY_BOXES])
 
 
+ORIENTATION = 0x0112   # EXIF tag
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB. Images of 16 or 32 bits, which Pillow would cut off at 255, are scaled to their maximum."""
     if image.mode.startswith(('I', 'F')):
@@ -284,11 +289,63 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
+def read_annotations(file: Path) -> dict:
+    """The content of a COCO annotation file. Raises UserError that names the first entry which cannot be meant so.
+
+    Boxes may lie partly outside their image or have no area; both is common, and left to CocoFolder.
+    """
+    def need(condition: bool, problem: str) -> None:
+        if not condition:
+            raise UserError(f'{file}: {problem}')
+
+    def is_number(x, kind=(int, float)) -> bool:
+        return isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x)
+
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{file} is no valid JSON: {error}') from None
+    need(isinstance(content, dict), 'is not the object of a COCO annotation file')
+    for kind in ('images', 'categories', 'annotations'):
+        entries = content.get(kind)
+        need(isinstance(entries, list) and len(entries) > 0, f'has no list of {kind}, or an empty one')
+        for place, entry in enumerate(entries):
+            what = f'entry {place} of {kind}'
+            need(isinstance(entry, dict), f'{what} is no object')
+            if kind != 'annotations':
+                need(is_number(entry.get('id'), int), f'{what} has the id {entry.get("id")!r}, no whole number')
+            if kind == 'categories':
+                need(isinstance(entry.get('name'), str), f'{what} has no name')
+            if kind == 'images':
+                name, sides = entry.get('file_name'), (entry.get('width'), entry.get('height'))
+                need(isinstance(name, str) and name != '' and '\0' not in name, f'{what} has no file_name')
+                need(not Path(name).is_absolute() and '..' not in Path(name).parts,
+                     f'{what} names {name!r}, which is outside the image folder')
+                need(all(is_number(side, int) and side > 0 for side in sides),
+                     f'{what}, {name}, has the width and height {sides}, which must be whole numbers above 0')
+        if kind != 'annotations':
+            ids = [entry['id'] for entry in entries]
+            twice = next((i for i, count in Counter(ids).items() if count > 1), None)
+            need(twice is None, f'the id {twice} stands for two {kind}')
+    images, categories = ({entry['id'] for entry in content[kind]} for kind in ('images', 'categories'))
+    for place, a in enumerate(content['annotations']):
+        what, box = f'entry {place} of annotations (id {a.get("id")!r})', a.get('bbox')
+        for name, known in (('image_id', images), ('category_id', categories)):
+            need(is_number(a.get(name), int) and a[name] in known,
+                 f'{what} has the {name} {a.get(name)!r}, which is not listed')
+        need(isinstance(box, list) and len(box) == 4 and all(map(is_number, box)),
+             f'{what} has the bbox {box!r}, which must be four numbers x, y, width, height')
+        need(is_number(a.get('area', 0)), f'{what} has the area {a.get("area")!r}, which is no number')
+        need(a.get('iscrowd', 0) in (0, 1), f'{what} has iscrowd {a.get("iscrowd")!r}, which must be 0 or 1')
+    return content
+
+
 class CocoFolder(Dataset):
     """A folder with train2017/, val2017/ and annotations/instances_{train,val}2017.json, COCO's own or any other.
 
-    Images without boxes are kept. Crowd boxes and boxes without area do not train, and their number is printed; the
-    evaluation sees the file as it is. Raises UserError, naming the file, if something is missing or unreadable.
+    Images without boxes are kept. Boxes are cut at their image's border; crowd boxes and boxes without area do not
+    train, and their number is printed; the evaluation sees the file as it is. Raises UserError, naming file and entry,
+    if something is missing, unreadable or senseless.
     """
 
     def __init__(self, root: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False,
@@ -299,27 +356,17 @@ class CocoFolder(Dataset):
             if not path.exists():
                 raise UserError(f'{what} {path} does not exist (expected DIR/train2017, DIR/val2017 and '
                                 'DIR/annotations/instances_{train,val}2017.json)')
-        try:
-            content = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise UserError(f'{file} is no valid JSON: {error}') from None
-        if not content['images']:
-            raise UserError(f'{file} lists no images')
+        content = read_annotations(file)
         by_id = sorted(content['categories'], key=lambda c: c['id'])
         self.categories = Categories([c['id'] for c in by_id], [c['name'] for c in by_id])
         self.images = [(i['id'], i['file_name'], i['height'], i['width']) for i in content['images']]
         present = {path.name for path in self.folder.iterdir()}
         for _, name, _, _ in self.images:
-            if name not in present and not (self.folder / name).exists():
+            if name not in present and not (self.folder / name).is_file():
                 raise UserError(f'{file} names the image {name}, which is not in {self.folder}')
         # One row an annotation: image (as an index), category id, x, y, w, h, area, crowd. Arrays, because lists of
         # dicts would be copied into every worker process as their reference counts are touched.
         index_of = {image_id: index for index, (image_id, *_) in enumerate(self.images)}
-        for a in content['annotations']:
-            if a['image_id'] not in index_of:
-                raise UserError(f'{file}: annotation {a["id"]} names image {a["image_id"]}, which is not listed')
-            if a['category_id'] not in self.categories.label_of:
-                raise UserError(f'{file}: annotation {a["id"]} has category {a["category_id"]}, which is not listed')
         rows = [(index_of[a['image_id']], a['category_id'], *a['bbox'], a.get('area', a['bbox'][2] * a['bbox'][3]),
                  a.get('iscrowd', 0)) for a in content['annotations']]
         rows = np.array(rows, dtype=np.float64).reshape(-1, 8)
@@ -327,12 +374,18 @@ class CocoFolder(Dataset):
         self.first = np.searchsorted(self.rows[:, 0], np.arange(len(self.images) + 1))
         sizes = np.array([(w, h, w, h) for _, _, h, w in self.images], dtype=np.float64).reshape(-1, 4)
         corners = np.concatenate([self.rows[:, 2:4], self.rows[:, 2:4] + self.rows[:, 4:6]], 1)
+        outside = (corners[:, 2:] > 1.01 * sizes[self.rows[:, 0].astype(int), :2] + 1).any(1)
+        if outside.mean() > 0.2:
+            raise UserError(f'{file}: {outside.mean():.0%} of the boxes end outside their image: are they x1, y1, x2, '
+                            'y2? COCO has x, y, width, height')
         corners = corners.clip(0, sizes[self.rows[:, 0].astype(int)])
         self.usable = (self.rows[:, 7] == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
         if not self.usable.all():
             first = self.images[int(self.rows[~self.usable][0, 0])][1]
-            print(f'{file}: {int((~self.usable).sum())} of {len(self.rows)} boxes are crowds or have no area and '
-                  f'do not train; the first is in {first}')
+            print(f'{file}: {int((~self.usable).sum())} of {len(self.rows)} boxes are crowds or have no area in their '
+                  f'image and do not train; the first is in {first}')
+        if not self.usable.any():
+            raise UserError(f'{file} has no box with an area')
         self.corners = corners.astype(np.float32)
         self.labels = np.array([self.categories.label_of[int(i)] for i in self.rows[:, 1]], dtype=np.int64)
         self.transforms = train_transforms(size, vertical_flip) if augment else resize_to(size)
@@ -344,8 +397,12 @@ class CocoFolder(Dataset):
         """The RGB image as stored, its boxes in pixels {'boxes': xyxy (M,4), 'labels': (M,)}, its id and its name."""
         image_id, name, height, width = self.images[index]
         try:
-            image = as_rgb(Image.open(self.folder / name))
-        except (OSError, SyntaxError, ValueError) as error:   # what Pillow says to broken files of different formats
+            with Image.open(self.folder / name) as image:
+                # A camera held upright stores a turned image and says so; which of both was annotated, the size tells.
+                if image.size == (height, width) != (width, height) and image.getexif().get(ORIENTATION, 1) != 1:
+                    image = ImageOps.exif_transpose(image)
+                image = as_rgb(image)
+        except Exception as error:   # a broken file can fail in any way: OSError, SyntaxError, ValueError, IndexError..
             raise UserError(f'cannot read the image {self.folder / name}: {error}') from None
         if (image.height, image.width) != (height, width):
             raise UserError(f'{self.folder / name} has {image.width} x {image.height} pixels, its annotation file says '
@@ -359,6 +416,8 @@ class CocoFolder(Dataset):
         epoch, index = key
         image, target, image_id, name = self.load(index)
         seed = int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1))
+        if max(image.size) > 20 * min(image.size):   # the short side would be resized to nothing
+            raise UserError(f'{name} has {image.width} x {image.height} pixels: too long and thin to be resized')
         return Sample(*transformed(self.transforms, seed, image, target), image_id, (image.height, image.width), name)
 
     def coco_json(self) -> dict:
@@ -512,6 +571,11 @@ class TrainBatches(Sampler):
             yield batch
 
 
+def ignore_interrupts(_worker: int) -> None:
+    """A terminal sends Ctrl-C to the loading processes, too; what it means is decided by the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, world=1, pin=False,
                  dense=None) -> DataLoader:
     """Batches for the steps start..steps-1 of this process.
@@ -521,7 +585,7 @@ def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, w
     """
     batches = TrainBatches(len(dataset), batch_size, steps, seed, start, rank, world, dense)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
-                      generator=torch.Generator())
+                      generator=torch.Generator(), worker_init_fn=ignore_interrupts)
 
 
 def val_loader(dataset, batch_size, workers, rank=0, world=1) -> DataLoader:
@@ -529,4 +593,4 @@ def val_loader(dataset, batch_size, workers, rank=0, world=1) -> DataLoader:
     keys = [(0, index) for index in range(rank, len(dataset), world)]
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      generator=torch.Generator())
+                      generator=torch.Generator(), worker_init_fn=ignore_interrupts)

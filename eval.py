@@ -5,6 +5,7 @@
     python eval.py --weights runs/group/checkpoint.pt --pr-curve pr.png        precision over recall
     python eval.py --weights runs/group/checkpoint.pt --unstable 20            does the matching change between layers?
     python eval.py --weights official.pth --data COCO                          a checkpoint of HDETR/H-Deformable-DETR
+    python eval.py --benchmark                                                 time and memory of all schemes
 
 Letters as in hybrid_detr.py: B images, L decoder layers, N queries, C classes.
 """
@@ -13,7 +14,6 @@ import contextlib
 import io
 import json
 import math
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -37,7 +37,7 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages,
                   val_loader)
 from hybrid_detr import HybridDETR, Outputs, from_official
 from losses import criterion
-from matchers import Cost, class_scores, encoder_groups, match, query_groups
+from matchers import Cost, class_scores, denoising_queries, encoder_groups, match, query_groups
 
 METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
            'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large')
@@ -52,7 +52,7 @@ def read_checkpoint(path: str) -> dict:
             content = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'checkpoint {path} does not exist') from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:   # a damaged file, or one with code in it, can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f'{path} is no readable checkpoint: {reason}') from None
     if not isinstance(content, dict) or not isinstance(content.get('model'), dict):
@@ -78,9 +78,12 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
             return from_official(checkpoint['model'], groups, mixed).eval(), None, {}
         model = HybridDETR(**checkpoint['architecture'])
         model.load_state_dict(checkpoint['model'])
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f'{path} does not fit: {" ".join(str(error).split())[:200]}') from None
-    return model.eval(), Categories(**checkpoint['categories']), checkpoint['settings']
+        categories, settings = Categories(**checkpoint['categories']), dict(checkpoint['settings'])
+        if len(categories) != model.num_classes:
+            raise ValueError(f'it has {model.num_classes} classes and the names of {len(categories)}')
+    except Exception as error:   # entries may be missing, or anything: it is somebody's file
+        raise UserError(f'{path} does not fit: {type(error).__name__} {" ".join(str(error).split())[:200]}') from None
+    return model.eval(), categories, settings
 
 
 # --- From outputs to detections -------------------------------------------------------------------------------------
@@ -416,6 +419,11 @@ def published_deformable_attention(value: Tensor, shapes, locations: Tensor, wei
     return out.view(B, heads * d, -1).transpose(1, 2)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Where --amp is the default: on a CUDA device that computes in bfloat16 and does not only emulate it."""
+    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Clock:
     """Seconds of each stage of a row's steps; waits for the GPU at the end of a stage."""
 
@@ -474,15 +482,20 @@ class BenchmarkRow:
         if not self.published:
             parts, _ = self.loss_of(self.model, self.model, batch, self.settings, 0.0, num_boxes, self.amp, tick)
             return sum(parts.values())
-        with (mock.patch.object(hybrid_detr, 'deformable_attention', published_deformable_attention),
-              mock.patch.object(hybrid_detr.GroupSelfAttention, 'forward', published_self_attention),
-              torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)):
+        with self.patches(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             outputs = self.model(batch.images, batch.padding_mask)
         tick('forward')
         loss = published_loss(Outputs(*(x.float() for x in outputs)), batch.gt_labels, batch.gt_boxes,
                               query_groups(layers=len(self.model.decoder), **self.row), num_boxes)
         tick('loss')
         return loss
+
+    def patches(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        if self.published:
+            stack.enter_context(mock.patch.object(hybrid_detr, 'deformable_attention', published_deformable_attention))
+            stack.enter_context(mock.patch.object(hybrid_detr.GroupSelfAttention, 'forward', published_self_attention))
+        return stack
 
     def step(self, batch) -> None:
         """A training step and an inference. The memory is CUDA's peak above what was there before; on the CPU, which
@@ -520,8 +533,10 @@ class BenchmarkRow:
 
     def gflops(self, batch) -> float:
         """Of the forward of an image in training, without the samples of deformable attention (torch counts none)."""
-        with FlopCounterMode(display=False) as flops:
-            self.model(batch.images[:1], batch.padding_mask[:1])
+        noised = denoising_queries(batch.gt_labels[:1], batch.gt_boxes[:1], self.model.num_classes,
+                                   self.settings['denoising']) if self.settings['denoising'] else None
+        with self.patches(), FlopCounterMode(display=False) as flops:
+            self.model(batch.images[:1], batch.padding_mask[:1], noised=noised)
         return flops.get_total_flops() / 1e9
 
 
@@ -545,15 +560,23 @@ def benchmark(args: argparse.Namespace) -> None:
     """Print time and memory of training steps: in every round a step of each row, on the same batch, so that a slower
     moment of the machine slows all of them, and ratios within a round mean something."""
     device, rows = torch.device(args.device), benchmark_rows(args.benchmark, args.model == 'tiny')
-    amp = device.type == 'cuda' and torch.cuda.is_bf16_supported() if args.amp is None else args.amp
+    amp = has_bfloat16(device) if args.amp is None else args.amp
     if args.compile:
         hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
     common = {'model': args.model, 'pretrained': False, 'data': args.data or 'shapes'}
     if args.image_size:
         common['image_size'] = args.image_size
     first = next(iter(rows))
-    rows = {name: BenchmarkRow({**common, **given}, device, amp) for name, given in rows.items()
-            if name == first or not args.rows or any(part in name for part in args.rows.split(','))}
+    if args.rows:
+        wanted = {part: [name for name in rows if part in name] for part in args.rows.split(',')}
+        for part, found in wanted.items():
+            if not found:
+                raise UserError(f'--rows {part}: is in none of {", ".join(rows)}')
+        rows = {name: rows[name] for name in rows if name == first or any(name in found for found in wanted.values())}
+    try:
+        rows = {name: BenchmarkRow({**common, **given}, device, amp) for name, given in rows.items()}
+    except ValueError as error:
+        raise UserError(f'--model {args.model}: {error}') from None
     settings, dataset, data = rows[first].settings, rows[first].dataset, Clock(device)
     batch_size = args.batch_size or settings['batch_size']
     loader = iter(train_loader(dataset, batch_size, args.repeats + 1, args.workers, pin=device.type == 'cuda'))
@@ -582,7 +605,8 @@ def benchmark(args: argparse.Namespace) -> None:
             *[''] * (not alike)]) + ' |')
     print('step: forward to optimizer, median (fastest-slowest) of the rounds; GFLOPs: forward of an image in training '
           'without deformable sampling;\nMB: ' + ('peak of a step above what was allocated before it' if device.type ==
-          'cuda' else 'kept by forward for backward') + '; images/s: inference with the first group')
+          'cuda' else 'kept by forward for backward') + '; images/s: inference with the first group; epoch: its first '
+          'part; deim: without mosaic, mixup and average')
 
 
 def benchmark_loss(args: argparse.Namespace) -> None:
@@ -668,8 +692,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument('--amp', action=argparse.BooleanOptionalAction, help='as in train.py')
     group.add_argument('--compile', action='store_true', help='as in train.py')
     args = parser.parse_args(argv)
-    if not args.weights and not args.benchmark:
+    if bool(args.weights) == bool(args.benchmark):
         parser.error('one of --weights and --benchmark is needed')
+    machine = {'weights', 'benchmark', 'device', 'repeats', 'compile'}
+    common = machine | {'data', 'image_size', 'batch_size', 'workers', 'amp', 'model', 'rows'}
+    for name, value in vars(args).items():   # nothing that is given is ignored
+        ignored = (name not in (machine if args.benchmark == 'loss' else common) if args.benchmark else
+                   name in ('model', 'rows', 'repeats', 'amp', 'compile'))
+        if ignored and value != parser.get_default(name):
+            parser.error(f'--{name.replace("_", "-")} has no meaning with ' + (
+                f'--benchmark {args.benchmark}' if args.benchmark else '--weights'))
     return args
 
 
@@ -728,6 +760,8 @@ def run_command(main) -> None:
     """Run a command; what the user can mend ends it with one line and exit code 1."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (UserError, OSError) as error:   # OSError: no right to write, disk full
         # From a worker process the message comes with its traceback around it.
         sys.exit(f'{Path(sys.argv[0]).name}: {str(error).split("UserError: ")[-1].strip()}')

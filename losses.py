@@ -10,7 +10,7 @@ copies, G groups. Every classification loss is, for a query and a class with sco
     bce      DEIM slides           1, 1                        1                                counts in full
     focal    Deformable DETR,      1, alpha (1-p)^2            (1-alpha) p^2, alpha = 1/4       counts in full
              Stable-DINO Eq. 1
-    vfl      DEIM slides           s, s                        alpha p^2, alpha = 3/4           is background
+    vfl      DEIM slides           s, s                        alpha p^g, 3/4 and g = 2 (code)  is background
     mal      DEIM slides, Eq. 3    s^g, 1                      p^g, g = 1.5                     pushed to 0, weight 1
     stable   Stable-DINO, Eq. 3    f1(s), |f1(s)-p|^2          p^2                              pushed to 0, weight p^2
 
@@ -20,23 +20,27 @@ through s: the score learns from the box, never the box from the score.
 Where paper and released code part ways, the paper's form is the default and `official=True` the code's:
     vfl     a match at IoU 0 costs nothing, and p^2 in the weight is not differentiated (DEIM)
     mal     p^g is not differentiated (DEIM; the slides say nothing on gradients)
-    stable  positives weigh 1/4, negatives 3/4 (Stable-DINO)
+    stable  positives weigh 1/4, negatives 3/4 (Stable-DINO; its exponent 2 is the code's, too, the paper gives none;
+            the code takes F1's exp and sin of s^2)
 
 What divides the sum over queries, classes and images, where n_box is the number of ground truth boxes of the batch
 (averaged over the processes; a divisor below 1 counts as 1):
 
     what                     in the paper                  in the official code                here
-    one-to-one               unsaid (DETR, Stable-DINO     n_box                               n_box
-                             Eq. 1, 3; DEIM slides)
+    one-to-one               n_box for boxes (DETR), else  n_box                               n_box
+                             unsaid
     DEIM on D-FINE           unsaid                        class n_box; boxes the size of      n_box
                                                            the union of all layers' matches
     one-to-many, K copies    unsaid (H-DETR Eq. 2)         K * n_box: repeated boxes count     K * n_box
     G groups                 mean over groups (Group       G * n_box, the same                 n_box, weight 1/G
                              DETR Eq. 7)
-    encoder, one head        not mentioned (H-DETR)        n_box, labels all 0                 n_box, labels all 0
+    encoder, one head        not mentioned (H-DETR,        n_box, labels all 0 (H-DETR); full  n_box, labels all 0
+                             Stable-DINO, DEIM)            labels, 900 or 300 best tokens
+                                                           (Stable-DINO, DEIM)
     encoder, a head a group  not mentioned (Group DETR)    G * n_box, full labels              weight and copies of the
                                                                                                group, labels all 0
-    denoising groups         unsaid                        groups * n_box (DINO)               groups * n_box
+    denoising groups         unsaid                        groups * n_box, class weight 1 in   groups * n_box, the same
+                                                           Stable-DINO                         class weight
     background               the same divisor as the matches of its group: unmatched queries learn "nothing here"
     ce                       unsaid (DETR)                 sum of the weights of all queries   the same, of each group
 
@@ -80,7 +84,7 @@ MATCHED = {
     # successive layers agree (Stable-DINO §2.4.1). The factor is differentiated, as in the released code.
     'stable': lambda p, s, how: ((s - p) ** 2 * (0.25 if how.official else 1.0), s)}
 
-# Scores p of all other entries -> constant and weight of BCE(p, 0). Focal: what is known to be background hardly counts.
+# Scores p of all other entries -> constant and weight of BCE(p, 0). Focal: background that is known hardly counts.
 BACKGROUND = {
     'bce': lambda p, how: (1.0, 1.0),
     'focal': lambda p, how: (0.75, p ** 2),
@@ -136,7 +140,8 @@ def stable_target(iou: Tensor, score: Tensor, owner: Tensor, largest: Tensor | N
     """f1(s) of Stable-DINO Eq. 3 for P pairs: iou, score (P,) -> (P,), no gradient.
 
     Early in training all IoUs are small, and so would all targets be. The rescale (§2.2) multiplies the pairs of an
-    owner, i.e. of an image in one layer and group, so that their largest, however bad its box, becomes
+    owner, i.e. of an image in one layer and group (all denoising queries are one), so that their largest, however bad
+    its box, becomes
         'one'      1: better with 300 queries, and what the official code does with 900, too;
         'max-iou'  the largest IoU of any query of the owner with any ground truth (`largest_iou`): better with 900.
                    Where f1(s) > s, this scales down (the official code only up).
@@ -207,6 +212,7 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
             s = stable_target(iou, of_pairs.sigmoid(), owner, largest, how.f1)
         # Unmatched queries are background in every class, and pay no box loss. Nearly all entries are background, so
         # all are counted as such, and those of the pairs then exchanged: a one-hot target would cost as much again.
+        # (In float32 the difference of the two leaves an error of 1e-7 of the larger one.)
         loss = (background_loss(logits, how, (1, 3)) * scale).sum()
         loss = loss + ((match_loss(of_pairs, s, how) - background_loss(of_pairs, how)) * pair_scale).sum()
     return how.class_weight * loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou

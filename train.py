@@ -12,7 +12,10 @@ import copy
 import json
 import math
 import os
+import signal
+import sys
 import time
+from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
 
@@ -40,7 +43,7 @@ TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine'
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
 OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # classification losses of which the released code has another form
-CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)   # the papers'; bce has none
+CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)   # see losses.LossSettings
 # 1 / (1 - decay) steps are averaged: 10,000 of DEIM's 440,000 (its code; warm-up of RT-DETRv2), 50 of tiny's 600.
 EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}   # tiny or not
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=3)
@@ -96,7 +99,8 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--rescale', choices=('one', 'max-iou', 'none'),
                        help='stable: what the largest target of an image is scaled to (§2.2; default one)')
     group.add_argument('--official-losses', action='store_true',
-                       help="vfl, mal, stable loss and stable cost in the released codes' form instead of the papers'")
+                       help="the released codes' weights in vfl, mal and stable loss and alpha in the stable cost, "
+                            "instead of the papers' form")
     group.add_argument('--cost', choices=('focal', 'stable'),
                        help='matching cost; stable: scores count as much as the box is good (Stable-DINO Eq. 4)')
     group.add_argument('--cost-class', type=float, help='weight of its class part (default 2; ce 1)')
@@ -194,8 +198,8 @@ def complete(given: dict) -> dict:
     for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
                             overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=0,
                             cost_class=0, f2=0, denoising=0, ema=0, unstable=0, accumulate=1).items():
-        if not settings.get(name, least) >= least:   # so that nan fails, too
-            raise UserError(f'{flag(name)} {settings[name]}: must be at least {least}')
+        if not math.inf > settings.get(name, least) >= least:   # so that nan fails, too
+            raise UserError(f'{flag(name)} {settings[name]}: must be a number of at least {least}')
     for name in ('epochs', 'eval_every', 'clip'):
         if settings.get(name) is not None and not settings[name] > 0:
             raise UserError(f'{flag(name)} {settings[name]}: must be above 0')
@@ -380,7 +384,7 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
     folder, checkpoint = Path(resume), evaluation.read_checkpoint(str(Path(resume) / 'checkpoint.pt'))
     if evaluation.is_official(checkpoint):
         raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
-    settings = checkpoint['settings']
+    settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0, **checkpoint['settings']}   # of an older version
     if given.get('ema') is True:   # given without a number
         given['ema'] = EMA[settings['model'] == 'tiny']['decay']
     for name, value in given.items():
@@ -397,7 +401,7 @@ def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
     print('  ' + ', '.join(f'{flag(name)[2:]} {value if name == "scheme" else f"{value:.3g}"}'
                            for name, value in row.items()))
     if settings['scheme'] in PRESETS:
-        names = (*PRESETS[settings['scheme']], 'class_weight', *['mal_gamma'] * (settings['cls_loss'] == 'mal'))
+        names = ('n', *PRESETS[settings['scheme']], 'class_weight', *['mal_gamma'] * (settings['cls_loss'] == 'mal'))
         print('  preset, and what you gave: ' + ' '.join(
             ('--' if settings[name] else '--no-') + 'dense-o2o' if name == 'dense_o2o' else f'{flag(name)} '
             f'{settings[name]}' for name in names))
@@ -410,11 +414,17 @@ def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """Write beside, then rename: whoever reads `path` finds the old file or the new one, never half of one."""
+    """Write beside, then rename: whoever reads `path` finds the old file or the new one, never half of one.
+
+    Raises UserError, and leaves the old file, if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part')
-    torch.save(content, part)
-    os.replace(part, path)
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:   # torch says RuntimeError when the disk is full
+        part.unlink(missing_ok=True)
+        raise UserError(f'cannot write {path}, the last checkpoint is kept: {error}') from None
 
 
 def matching_stats(outputs, matches, labels, iou, sizes, softmax: bool = False) -> torch.Tensor:
@@ -431,6 +441,17 @@ def matching_stats(outputs, matches, labels, iou, sizes, softmax: bool = False) 
     best_unmatched = (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean()
     pairs = (matches.query < sum(sizes)).sum()
     return torch.stack([(iou * final).sum(), of_pairs.sum(), final.sum(), best_unmatched, pairs])
+
+
+INTERRUPTS = []   # one entry for each Ctrl-C
+
+
+def note_interrupt(*_) -> None:
+    """Let the step in progress come to its end, since half of one cannot be saved; a second Ctrl-C does not wait. The
+    processes of torchrun would stop at different steps, and wait for each other: they do not wait either."""
+    INTERRUPTS.append(True)
+    if len(INTERRUPTS) > 1 or 'WORLD_SIZE' in os.environ:
+        raise KeyboardInterrupt
 
 
 # --- The loop -------------------------------------------------------------------------------------------------------
@@ -481,7 +502,7 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
         torch.set_float32_matmul_precision('high')   # TF32 in training; eval.py computes in full float32
-    amp = given.pop('amp', device.type == 'cuda' and torch.cuda.is_bf16_supported())
+    amp = given.pop('amp', evaluation.has_bfloat16(device))
     if given.pop('compile', False):
         hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
     checkpoint_activations = given.pop('checkpoint_activations', False)
@@ -514,7 +535,7 @@ def main(argv: list[str] | None = None) -> None:
     model.checkpoint_activations = checkpoint_activations
     model.backbone.to(memory_format=torch.channels_last)
     if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         trained = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
     batch_size, accumulate = min(settings['batch_size'], len(train_set)), settings['accumulate']
@@ -522,7 +543,8 @@ def main(argv: list[str] | None = None) -> None:
     steps_per_epoch = max(1, len(train_set) // step_size)
     steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
     eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
-    save_every = max(steps_per_epoch, 50)   # once an epoch, but not all the time if an epoch is a few steps
+    # Once an epoch, but not all the time if an epoch is a few steps; always where the numbers are looked at, too.
+    save_every = 50 * math.ceil(steps_per_epoch / 50)
     metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
     if rank == 0:
         print(f'{folder}: steps {start} to {steps} of {step_size} images on {device}{" in bfloat16" * amp}, '
@@ -572,7 +594,8 @@ def main(argv: list[str] | None = None) -> None:
     dense = DENSE if isinstance(train_set, DenseOneToOne) else None
     loader = iter(train_loader(train_set, batch_size, steps * accumulate, workers, settings['seed'],
                                start * accumulate, rank, world, pin=device.type == 'cuda', dense=dense))
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0, mininterval=1)
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0,
+               mininterval=1 if sys.stderr.isatty() else 30)
     recent, since = [], time.perf_counter()
     model.train()
     for step in bar:
@@ -602,19 +625,23 @@ def main(argv: list[str] | None = None) -> None:
                 sum(parts.values()).backward()
             numbers = numbers + torch.cat([torch.stack([part.detach() for part in parts.values()]), stats])
         # The summed losses of all layers are large: clipping at 0.1 (official code) acts at nearly every step.
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
         if average:
             update_average(average, model, step + 1, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
 
         # Kept on the device: reading a number after every step would make the CPU wait for it.
-        recent.append(numbers)
+        recent.append(torch.cat([norm[None], numbers]))
         done = step + 1
         if done % 50 == 0 or done % eval_every == 0 or done == steps:
-            values = torch.stack(recent).mean(0).tolist()
+            gradient_norm, *values = torch.stack(recent).mean(0).tolist()
+            if not all(map(math.isfinite, (gradient_norm, *values))):   # so are the weights: keep the last checkpoint
+                names = ', '.join(name for batch in batches for name in batch.names)
+                raise UserError(f'step {step}: a loss or gradient was not finite in the last {len(recent)} steps; the '
+                                f'images of this one are {names}. Lower --lr?')
             (iou_sum, score_sum, count, unmatched, pairs), of_parts = values[-5:], dict(zip(parts, values))
             record = {'step': done, 'epoch': round(done / steps_per_epoch, 3), 'loss': sum(of_parts.values()),
-                      **of_parts, 'matched_iou': iou_sum / max(count, 1e-9),
+                      **of_parts, 'gradient_norm': gradient_norm, 'matched_iou': iou_sum / max(count, 1e-9),
                       'matched_score': score_sum / max(count, 1e-9),
                       'best_unmatched_score': unmatched / accumulate, 'positives': pairs / (batch_size * accumulate),
                       'lr': optimizer.param_groups[0]['lr'],
@@ -624,12 +651,15 @@ def main(argv: list[str] | None = None) -> None:
                                 '{images_per_second:.0f} images/s'.format(**record))
             recent, since = [], time.perf_counter()
         # Before the evaluation: whatever goes wrong there, the training is kept.
-        if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps):
+        if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps or INTERRUPTS):
             save(checkpoint_file, {
                 'model': detector.state_dict(), 'optimizer': optimizer.state_dict(),
                 **({'trained_model': model.state_dict()} if average else {}),
                 'step': done, 'settings': settings, 'categories': categories,
                 'architecture': architecture(settings, len(categories['ids']))})
+        if INTERRUPTS:
+            print(f'\nstopped after step {done}: go on with  python train.py --resume {folder}')
+            sys.exit(130)
         if done % eval_every == 0 or done == steps:
             evaluate(done, '; in training matched IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched '
                            '{best_unmatched_score:.2f}'.format(**record))
@@ -645,4 +675,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, note_interrupt)
     evaluation.run_command(main)
