@@ -2199,7 +2199,7 @@ def train_with_frozen_norm(flags: list[str]) -> None:
     """train.py on a few images without batch norm, whose statistics are a batch's own."""
     real = data.ShapesDataset
     with (unittest.mock.patch.object(torch.nn, 'BatchNorm2d', FrozenBatchNorm2d),
-          unittest.mock.patch.object(data, 'ShapesDataset', lambda split, _, size, seed: real(split, 6, size, seed))):
+          unittest.mock.patch.object(data, 'ShapesDataset', lambda split, _, size, seed: real(split, 12, size, seed))):
         train.main(flags)
 
 
