@@ -20,8 +20,9 @@ through s: the score learns from the box, never the box from the score.
 Where paper and released code part ways, the paper's form is the default and `official=True` the code's:
     vfl     a match at IoU 0 costs nothing, and p^2 in the weight is not differentiated (DEIM)
     mal     p^g is not differentiated (DEIM; the slides say nothing on gradients)
-    stable  positives weigh 1/4, negatives 3/4 (Stable-DINO; its exponent 2 is the code's, too, the paper gives none;
-            the code takes F1's exp and sin of s^2)
+    stable  positives weigh 1/4, negatives 3/4 (Stable-DINO)
+Of Stable-DINO's code, the exponent 2 is taken always, as the paper gives none, and two things never: F1's exp and sin
+of s^2 instead of s, and a rescale that never scales down.
 
 What divides the sum over queries, classes and images, where n_box is the number of ground truth boxes of the batch
 (averaged over the processes; a divisor below 1 counts as 1):
@@ -64,7 +65,7 @@ class LossSettings(NamedTuple):
     """What the class loss is, and weighs."""
     cls_loss: str = 'focal'     # ce, bce, focal, vfl, mal or stable
     class_weight: float = 2.0   # ce, vfl, mal 1 and focal 2 in the official codes, stable 6 (Stable-DINO §4.1)
-    mal_gamma: float = 1.5      # g above (official code of DEIM; the slides give none)
+    mal_gamma: float = 1.5      # g above, at least 1 (official code of DEIM; the slides give none)
     f1: str = 's2'              # stable: a name of F1
     rescale: str = 'one'        # stable: one, max-iou or none
     official: bool = False      # vfl, mal, stable: the released code's form
@@ -144,7 +145,7 @@ def stable_target(iou: Tensor, score: Tensor, owner: Tensor, largest: Tensor | N
     its box, becomes
         'one'      1: better with 300 queries, and what the official code does with 900, too;
         'max-iou'  the largest IoU of any query of the owner with any ground truth (`largest_iou`): better with 900.
-                   Where f1(s) > s, this scales down (the official code only up).
+                   Where f1(s) > s, this scales down.
     largest: that number for each owner, None without a rescale; owner (P,) int64: index into it. Pairs that all have
     IoU 0 keep target 0.
     """

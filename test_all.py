@@ -1459,7 +1459,9 @@ class TestPresets(unittest.TestCase):
         self.assertEqual([settings[name] for name in ('dense_o2o', 'ema', 'cls_loss', 'n')], [False, 0, 'vfl', 20])
         for given, message in ((dict(scheme='stable', T=3), 'only has'), (dict(f1='s3'), '--f1 s3'),
                                (dict(cls_loss='bce', mal_gamma=2.0), '--mal-gamma'), (dict(f2=2.0), '--f2 2.0'),
-                               (dict(ema=1.5), '--ema'), (dict(denoising=-1), '--denoising')):
+                               (dict(ema=1.5), '--ema'), (dict(denoising=-1), '--denoising'),
+                               (dict(cls_loss='mal', mal_gamma=0.5), '--mal-gamma 0.5'),
+                               (dict(cls_loss='ce', cost='stable', official_losses=True), '--official-losses')):
             with self.assertRaisesRegex(data.UserError, re.escape(message)):
                 train.complete(given)
         self.assertEqual(train.complete({'cls_loss': 'ce'})['cost_class'], 1)

@@ -185,7 +185,8 @@ def complete(given: dict) -> dict:
             raise UserError(f'{flag(name)} {given[name]}: only --cls-loss {needs} has it')
     if 'f2' in given and settings['cost'] != 'stable':
         raise UserError(f'--f2 {given["f2"]}: only --cost stable has it')
-    if settings['official_losses'] and 'stable' != settings['cost'] and settings['cls_loss'] not in OFFICIAL_FORMS:
+    cost_has_two = settings['cost'] == 'stable' and settings['cls_loss'] != 'ce'   # softmax costs have no alpha
+    if settings['official_losses'] and not cost_has_two and settings['cls_loss'] not in OFFICIAL_FORMS:
         raise UserError(f'--official-losses: --cls-loss {settings["cls_loss"]} with --cost {settings["cost"]} has one '
                         'form only')
     if settings['overfit'] and given.get('dense_o2o'):
@@ -196,7 +197,7 @@ def complete(given: dict) -> dict:
     if 'epochs' in given:
         settings.pop('steps', None)
     for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
-                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=0,
+                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=1,
                             cost_class=0, f2=0, denoising=0, ema=0, unstable=0, accumulate=1).items():
         if not math.inf > settings.get(name, least) >= least:   # so that nan fails, too
             raise UserError(f'{flag(name)} {settings[name]}: must be a number of at least {least}')
