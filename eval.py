@@ -424,6 +424,16 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def compile_attention(device: torch.device) -> None:
+    """--compile, for this process. Raises UserError if torch has no compiler to work with."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except RuntimeError as error:   # the first of many lines says what is missing
+        raise UserError(f'--compile: torch cannot compile here ({str(error).splitlines()[0]}): install what it names, '
+                        'or leave the flag out') from None
+    hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
+
+
 class Clock:
     """Seconds of each stage of a row's steps; waits for the GPU at the end of a stage."""
 
@@ -563,7 +573,7 @@ def benchmark(args: argparse.Namespace) -> None:
     device, rows = torch.device(args.device), benchmark_rows(args.benchmark, args.model == 'tiny')
     amp = has_bfloat16(device) if args.amp is None else args.amp
     if args.compile:
-        hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
+        compile_attention(device)
     common = {'model': args.model, 'pretrained': False, 'data': args.data or 'shapes'}
     if args.image_size:
         common['image_size'] = args.image_size
@@ -580,6 +590,11 @@ def benchmark(args: argparse.Namespace) -> None:
         raise UserError(f'--model {args.model}: {error}') from None
     settings, dataset, data = rows[first].settings, rows[first].dataset, Clock(device)
     batch_size = args.batch_size or settings['batch_size']
+    alone = Clock(device)   # how fast one process makes or reads images
+    for index in range(200 if args.model == 'tiny' else 20):
+        alone.start()
+        dataset[0, index % len(dataset)]
+        alone.tick('image')
     loader = iter(train_loader(dataset, batch_size, args.repeats + 1, args.workers, pin=device.type == 'cuda'))
     for _ in tqdm(range(args.repeats + 1), desc='rounds', disable=None):
         data.start()
@@ -592,7 +607,8 @@ def benchmark(args: argparse.Namespace) -> None:
         name: row.clock.seconds() for name, row in rows.items()}
     print(f'torch {torch.__version__} on {device}, {torch.get_num_threads()} threads; {args.model}'
           f'{", bfloat16" * amp}; batches of {batch_size} images of {settings["image_size"]} pixels; {args.repeats} '
-          f'rounds; loading a batch {spread(data.seconds())} s\n'
+          f'rounds; a process loads {1 / np.mean(alone.seconds()):.0f} images/s, and {args.workers} make a step wait '
+          f'{spread(data.seconds())} s\n'
           f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | '
           f'against {first} | against one2one with as many queries |\n|{"---|" * (9 + len(stages) - 1)}')
     for name, row in rows.items():
@@ -634,7 +650,7 @@ def benchmark_loss(args: argparse.Namespace) -> None:
                 loss = sum(criterion(outputs, labels, gt, *matches, groups, tokens, B * M)[0].values())
             else:
                 loss = published_loss(outputs, labels, gt, groups, B * M)
-            loss.backward()
+            torch.autograd.grad(loss, outputs)
             clock.tick('all')
             values[name] = loss.item()
     seconds = {name: clock.seconds() for name, clock in clocks.items()}

@@ -2377,6 +2377,8 @@ class TestCommands(unittest.TestCase):
         self.assertTrue(one < branch < published and one < stable, 'denoising queries and the mask cost something')
         self.refuses('--rows nonsense: is in none of one2one', evaluation.main, '--benchmark', '--rows', 'nonsense')
         self.refuses('--model vgg16: unknown backbone', evaluation.main, '--benchmark', '--model', 'vgg16')
+        with unittest.mock.patch.object(torch, 'compile', side_effect=RuntimeError('no compiler c++\nmore')):
+            self.refuses('--compile: torch cannot compile here .no compiler c', train.main, '--compile')
         for flags in (['--benchmark', '--nms', '0.5'], ['--weights', 'x', '--rows', 'y'], [],
                       ['--benchmark', 'loss', '--batch-size', '3']):
             with self.assertRaises(SystemExit), quiet():

@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
-import hybrid_detr
 from data import DENSE, DenseOneToOne, FirstImages, UserError, open_dataset, train_loader
 from hybrid_detr import HybridDETR, Outputs, official_name
 from losses import F1, LossSettings, criterion
@@ -151,7 +150,7 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--device', choices=('cuda', 'cpu'), help='default cuda if there is one')
     group.add_argument('--amp', action=argparse.BooleanOptionalAction,
                        help='forward in bfloat16, matching and losses in float32 (default on CUDA that supports it)')
-    group.add_argument('--compile', action='store_true', help='compile the deformable attention')
+    group.add_argument('--compile', action='store_true', help='compile the deformable attention, for CUDA (it makes the CPU slower)')
     group.add_argument('--checkpoint-activations', action='store_true',
                        help='compute the activations of encoder and decoder twice instead of keeping them')
     return vars(parser.parse_args(argv))
@@ -505,7 +504,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision('high')   # TF32 in training; eval.py computes in full float32
     amp = given.pop('amp', evaluation.has_bfloat16(device))
     if given.pop('compile', False):
-        hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
+        evaluation.compile_attention(device)
     checkpoint_activations = given.pop('checkpoint_activations', False)
     workers, samples = given.pop('workers', 2), given.pop('samples', None)
     settings, folder, checkpoint = new_or_resumed(given)
