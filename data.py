@@ -552,15 +552,15 @@ class TrainBatches(Sampler):
                  world: int = 1, dense: tuple[float, float] | None = None):
         super().__init__()
         self.n, self.batch_size, self.steps, self.seed, self.dense = n, batch_size, steps, seed, dense
-        self.firsts = {step: (step * world + rank) * batch_size for step in range(start, steps)}
+        self.start, self.rank, self.world = start, rank, world
 
     def __len__(self) -> int:
-        return len(self.firsts)
+        return self.steps - self.start
 
     def __iter__(self):
         order_of = {}
-        for step, first in self.firsts.items():
-            batch = []
+        for step in range(self.start, self.steps):
+            batch, first = [], (step * self.world + self.rank) * self.batch_size
             flag = () if self.dense is None else (self.dense[0] <= step / self.steps < self.dense[1],)
             for position in range(first, first + self.batch_size):
                 epoch, place = divmod(position, self.n)

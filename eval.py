@@ -472,14 +472,14 @@ class BenchmarkRow:
     self-attention, its deformable attention, its loss and an optimizer that goes parameter by parameter.
     """
 
-    def __init__(self, given: dict, device: torch.device, amp: bool):
+    def __init__(self, given: dict, num_classes: int, device: torch.device, amp: bool):
         import train   # which imports this file
         given = dict(given)
         checkpointed, self.published = (given.pop(x, False) for x in ('checkpoint_activations', 'published'))
         self.settings, self.amp, self.device = train.complete(given), amp, device
-        self.dataset = open_dataset(self.settings['data'], 'train', self.settings['image_size'])
         torch.manual_seed(0)
-        self.model = HybridDETR(**train.architecture(self.settings, len(self.dataset.categories))).to(device).train()
+        # As in training; only that the weights of a pretrained backbone need not be there to take their time.
+        self.model = HybridDETR(**train.architecture(self.settings, num_classes)).to(device).train()
         self.model.checkpoint_activations = checkpointed
         self.model.backbone.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(train.parameter_groups(self.model, self.settings), foreach=False,
@@ -563,6 +563,7 @@ def benchmark_rows(kind: str, tiny: bool) -> dict[str, dict]:
     return {'one2one': dict(scheme='one2one'), f'one2one, n = {n + T}': dict(scheme='one2one', n=n + T),
             f'one2one, n = {n * G}': dict(scheme='one2one', n=n * G),
             **{scheme: dict(scheme=scheme) for scheme in rows if scheme != 'one2one'},
+            'one2one, checkpointed': dict(scheme='one2one', checkpoint_activations=True),
             'branch, checkpointed': dict(scheme='branch', checkpoint_activations=True),
             'branch, as published': dict(scheme='branch', published=True)}
 
@@ -574,7 +575,9 @@ def benchmark(args: argparse.Namespace) -> None:
     amp = has_bfloat16(device) if args.amp is None else args.amp
     if args.compile:
         compile_attention(device)
-    common = {'model': args.model, 'pretrained': False, 'data': args.data or 'shapes'}
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')   # as in training
+    common = {'model': args.model, 'data': args.data or 'shapes'}
     if args.image_size:
         common['image_size'] = args.image_size
     first = next(iter(rows))
@@ -584,22 +587,31 @@ def benchmark(args: argparse.Namespace) -> None:
             if not found:
                 raise UserError(f'--rows {part}: is in none of {", ".join(rows)}')
         rows = {name: rows[name] for name in rows if name == first or any(name in found for found in wanted.values())}
+    import train
+    settings = train.complete({**common, **rows[first]})
+    batch_size = args.batch_size or settings['batch_size']
+    dataset = open_dataset(settings['data'], 'train', settings['image_size'], augment=True)
     try:
-        rows = {name: BenchmarkRow({**common, **given}, device, amp) for name, given in rows.items()}
+        rows = {name: BenchmarkRow({**common, **given}, len(dataset.categories), device, amp)
+                for name, given in rows.items()}
     except ValueError as error:
         raise UserError(f'--model {args.model}: {error}') from None
-    settings, dataset, data = rows[first].settings, rows[first].dataset, Clock(device)
-    batch_size = args.batch_size or settings['batch_size']
-    alone = Clock(device)   # how fast one process makes or reads images
+
+    # Loading alone, without a model that takes the cores: a step waits for it if it is slower than the step.
+    alone, loading = Clock(device), Clock(device)
     for index in range(200 if args.model == 'tiny' else 20):
         alone.start()
         dataset[0, index % len(dataset)]
         alone.tick('image')
-    loader = iter(train_loader(dataset, batch_size, args.repeats + 1, args.workers, pin=device.type == 'cuda'))
+    batches = iter(train_loader(dataset, batch_size, 21, args.workers, pin=device.type == 'cuda'))
+    for _ in range(21):
+        loading.start()
+        next(batches).to(device)
+        loading.tick('batch')
+
+    batches = iter(train_loader(dataset, batch_size, args.repeats + 1, args.workers, pin=device.type == 'cuda'))
     for _ in tqdm(range(args.repeats + 1), desc='rounds', disable=None):
-        data.start()
-        batch = next(loader).to(device)
-        data.tick('data')
+        batch = next(batches).to(device)
         for row in rows.values():
             row.step(batch)
 
@@ -607,8 +619,8 @@ def benchmark(args: argparse.Namespace) -> None:
         name: row.clock.seconds() for name, row in rows.items()}
     print(f'torch {torch.__version__} on {device}, {torch.get_num_threads()} threads; {args.model}'
           f'{", bfloat16" * amp}; batches of {batch_size} images of {settings["image_size"]} pixels; {args.repeats} '
-          f'rounds; a process loads {1 / np.mean(alone.seconds()):.0f} images/s, and {args.workers} make a step wait '
-          f'{spread(data.seconds())} s\n'
+          f'rounds\ndata: a batch is loaded in {np.mean(loading.seconds()):.3g} s by {args.workers} workers, without a step '
+          f'beside them; one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s\n'
           f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | '
           f'against {first} | against one2one with as many queries |\n|{"---|" * (9 + len(stages) - 1)}')
     for name, row in rows.items():
@@ -727,7 +739,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.nms is not None and not 0 <= args.nms <= 1:
         raise UserError(f'--nms {args.nms}: is an IoU, 0 to 1')
-    for name, least in dict(batch_size=1, image_size=32, workers=0, pictures=0, unstable=0, repeats=1).items():
+    for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
     for path in (args.save_json, args.picture_file, args.pr_curve):
@@ -780,6 +792,14 @@ def run_command(main) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f'{Path(sys.argv[0]).name}: the GPU is full; take a smaller --batch-size (in training with --accumulate) '
+                 f'or --checkpoint-activations ({str(error).splitlines()[0]})')
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and 'gloo' not in str(error):
+            raise
+        sys.exit(f'{Path(sys.argv[0]).name}: another process of this run is gone, or does not answer; its own message '
+                 f'says why; the last checkpoint is kept ({str(error).splitlines()[0]})')
     except (UserError, OSError) as error:   # OSError: no right to write, disk full
         # From a worker process the message comes with its traceback around it.
         sys.exit(f'{Path(sys.argv[0]).name}: {str(error).split("UserError: ")[-1].strip()}')

@@ -71,6 +71,13 @@ class Residual(nn.Module):
         return (x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
 
 
+class FrozenNorm(FrozenBatchNorm2d):
+    """Batch norm with fixed numbers. They are float32, and would turn bfloat16 (--amp) back into float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
 class Backbone(nn.Module):
     """A torchvision ResNet or Swin by name: (B,3,H,W) -> maps of stride 8, 16, 32.
 
@@ -85,7 +92,7 @@ class Backbone(nn.Module):
         swin, resnet = name.startswith('swin_'), re.match('(resnet|resnext|wide_resnet)', name)
         if not (swin or resnet) or name not in torchvision.models.list_models():
             raise ValueError(f'unknown backbone {name!r}: use tiny, or a ResNet or Swin of torchvision, as resnet50')
-        norm = {'norm_layer': FrozenBatchNorm2d} if frozen and not swin else {}
+        norm = {'norm_layer': FrozenNorm} if frozen and not swin else {}
         nodes = ('features.3', 'features.5', 'features.7') if swin else ('layer2', 'layer3', 'layer4')
         self.body = create_feature_extractor(torchvision.models.get_model(name, weights=None, **norm), list(nodes))
         self.channels_last = swin

@@ -55,7 +55,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_area, box_convert, box_iou, generalized_box_iou_loss
+from torchvision.ops import box_area, box_convert, box_iou
 
 
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0   # in all official codes
@@ -158,12 +158,18 @@ def stable_target(iou: Tensor, score: Tensor, owner: Tensor, largest: Tensor | N
 
 # --- The loss of all layers, images and groups at once --------------------------------------------------------------
 
-def pair_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
-    """IoU of box i with other box i: (P,4), (P,4) -> (P,). torchvision's box_iou would compute all P x P."""
-    corner_min = torch.maximum(boxes_xyxy[:, :2], others_xyxy[:, :2])
-    corner_max = torch.minimum(boxes_xyxy[:, 2:], others_xyxy[:, 2:])
-    overlap = (corner_max - corner_min).clamp(min=0).prod(1)
-    return overlap / (box_area(boxes_xyxy) + box_area(others_xyxy) - overlap)
+def pair_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and GIoU of box i with other box i: (P,4), (P,4) -> (P,), (P,).
+
+    Of torchvision's, box_iou would compute all P x P, and generalized_box_iou_loss picks the pairs that overlap by a
+    mask, for which the CPU has to wait for the GPU.
+    """
+    (a_min, a_max), (b_min, b_max) = (x.split(2, 1) for x in (boxes_xyxy, others_xyxy))
+    w, h = (torch.minimum(a_max, b_max) - torch.maximum(a_min, b_min)).clamp(min=0).unbind(1)
+    hull_w, hull_h = (torch.maximum(a_max, b_max) - torch.minimum(a_min, b_min)).unbind(1)
+    overlap, hull = w * h, hull_w * hull_h
+    union = box_area(boxes_xyxy) + box_area(others_xyxy) - overlap   # above 0: every ground truth has an area
+    return overlap / union, overlap / union - (hull - union) / hull
 
 
 def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> Tensor:
@@ -186,17 +192,16 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
     """
     (L, B, N, _), (layer, image, query, gt), sizes = logits.shape, matches, [group.queries for group in groups]
     logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))   # half is too coarse
-    group_of = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)).to(logits.device, non_blocking=True)
+    repeats = torch.tensor(sizes).to(logits.device, non_blocking=True)
+    group_of = torch.arange(len(groups), device=logits.device).repeat_interleave(repeats, output_size=N)
     rows = torch.tensor([[group.weight, *group.copies] for group in groups], dtype=boxes.dtype).T
     weight, *copies = rows.to(boxes.device, non_blocking=True)                                          # (G,) each
     scale = (weight / (torch.stack(copies) * num_boxes).clamp(min=1.0))[:, group_of]                    # (L, N)
 
     pred, gt_pair, pair_scale = boxes[layer, image, query], torch.cat(list(gt_boxes))[gt], scale[layer, query]
     l1_loss = ((pred - gt_pair).abs().sum(1) * pair_scale).sum()
-    pred_xyxy, gt_xyxy = (box_convert(b, 'cxcywh', 'xyxy') for b in (pred, gt_pair))
-    # eps=0, as in DETR's and H-DETR's code: every ground truth has an area, so there is no division by 0.
-    giou_loss = (generalized_box_iou_loss(pred_xyxy, gt_xyxy, eps=0) * pair_scale).sum()
-    iou = pair_iou(pred_xyxy, gt_xyxy).detach()
+    iou, giou = pair_iou(*(box_convert(b, 'cxcywh', 'xyxy') for b in (pred, gt_pair)))
+    giou_loss, iou = ((1 - giou) * pair_scale).sum(), iou.detach()
 
     label, at = torch.cat(list(gt_labels))[gt], (layer, image, query)
     if how.cls_loss == 'ce':

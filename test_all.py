@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import unittest.mock
 import zlib
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import (FrozenBatchNorm2d, box_convert, box_iou, generalized_box_iou, generalized_box_iou_loss,
                              sigmoid_focal_loss)
 from torchvision.transforms import v2
@@ -501,7 +503,7 @@ class TestGoldenLosses(Close, unittest.TestCase):
         label = torch.cat(self.labels)[self.matches.gt]
         at = (self.matches.image, self.matches.query, label)
         matched[at] = 1
-        iou[at] = losses.pair_iou(*(box_convert(x, 'cxcywh', 'xyxy') for x in (
+        iou[at], giou = losses.pair_iou(*(box_convert(x, 'cxcywh', 'xyxy') for x in (
             self.arrays['in.boxes'][self.matches.image, self.matches.query], torch.cat(self.gts)[self.matches.gt])))
         self.same(iou[at], 'e.stabledino_code.matched_iou', 1e-4)
         best = losses.largest_iou(self.arrays['in.boxes'][None], self.gts, [12])[0, :, 0]
@@ -911,6 +913,19 @@ class TestLosses(unittest.TestCase):
         logits, target = torch.randn(50, 7, dtype=torch.float64), (torch.rand(50, 7) < 0.3).double()
         self.assertTrue(torch.allclose(losses.class_loss(logits, target, target),
                                        sigmoid_focal_loss(logits, target, 0.25, 2)))
+
+    def test_giou_equals_torchvision(self):
+        """Of boxes that overlap, are apart along one side or both, or lie in each other; gradients, too."""
+        corners = torch.rand(200, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        a, b = torch.cat([corners.amin(2), corners.amax(2)], -1).requires_grad_().unbind(1)
+        iou, giou = losses.pair_iou(a, b)
+        theirs = 1 - generalized_box_iou_loss(a, b, eps=0)
+        torch.testing.assert_close(giou, theirs)
+        torch.testing.assert_close(iou, box_iou(a, b).diagonal())
+        self.assertTrue(20 < int((iou == 0).sum()) < 180)
+        for ours, other in zip(torch.autograd.grad(giou.sum(), (a, b), retain_graph=True),
+                               torch.autograd.grad(theirs.sum(), (a, b))):
+            torch.testing.assert_close(ours, other)
 
     def test_as_published(self):
         """The forms that the benchmark measures against give the same numbers."""
@@ -2209,6 +2224,12 @@ class ThinBackbone(hybrid_detr.TinyBackbone):
                                      conv(32, 48, 2), conv(48, 64, 2))
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        return free.getsockname()[1]
+
+
 def train_with_frozen_norm(flags: list[str]) -> None:
     """train.py on a few images without batch norm, whose statistics are a batch's own."""
     real = data.ShapesDataset
@@ -2318,9 +2339,7 @@ class TestCommands(unittest.TestCase):
 
     def test_two_processes_and_accumulation_equal_one_batch(self):
         """The gradient of a step is the same from one batch of 4, from 2 x 2 in turn, and from 2 processes of 2."""
-        with socket.socket() as free:
-            free.bind(('localhost', 0))
-            port = free.getsockname()[1]
+        port = free_port()
         flags = [*SMALL, '--scheme', 'group', '--G', '2', '--steps', '1', '--cls-loss', 'mal']
         runs = {'one': ['--batch-size', '4'], 'accumulated': ['--accumulate', '2'], 'two': []}
         for name, more in runs.items():
@@ -2370,10 +2389,10 @@ class TestCommands(unittest.TestCase):
                 self.assertEqual({line.count('|') for line in table}, {14}, 'cells of every line')
                 self.assertEqual(len(table), 2 + (3 if kind == 'schemes' else 2))
         with quiet():
-            rows = [evaluation.BenchmarkRow({'model': 'tiny', 'data': 'shapes', **given}, torch.device('cpu'), False)
+            rows = [evaluation.BenchmarkRow({'model': 'tiny', 'data': 'shapes', **given}, 6, torch.device('cpu'), False)
                     for given in (dict(scheme='one2one'), dict(scheme='stable'), dict(scheme='branch'),
                                   dict(scheme='branch', published=True))]
-            one, stable, branch, published = (row.gflops(data.collate([row.dataset[0, 0]])) for row in rows)
+            one, stable, branch, published = (row.gflops(data.collate([data.ShapesDataset('train', 1, 128, 0)[0, 0]])) for row in rows)
         self.assertTrue(one < branch < published and one < stable, 'denoising queries and the mask cost something')
         self.refuses('--rows nonsense: is in none of one2one', evaluation.main, '--benchmark', '--rows', 'nonsense')
         self.refuses('--model vgg16: unknown backbone', evaluation.main, '--benchmark', '--model', 'vgg16')
@@ -2391,14 +2410,28 @@ class TestCommands(unittest.TestCase):
         with quiet():
             batch = data.collate([data.ShapesDataset('train', 2, 64, 0)[0, i] for i in range(2)])
         batch = batch._replace(gt_labels=[labels % 3 for labels in batch.gt_labels])
+        class Operators(TorchDispatchMode):   # what torch and torchvision ask of the GPU, whoever calls them
+            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                kind = operator.overloadpacket
+                indices = args[1] if kind in (aten.index, aten.index_put, aten.index_put_) else []
+                by_mask = any(x is not None and x.dtype == torch.bool for x in indices)
+                if by_mask or kind in (aten.nonzero, aten.masked_select, aten._local_scalar_dense):
+                    calls.append(str(operator))
+                return operator(*args, **(kwargs or {}))
+
+        aten = torch.ops.aten
         with contextlib.ExitStack() as patches:
-            for name in ('cpu', 'item', '__bool__', '__int__', '__float__', 'numpy'):
+            for name in ('cpu', 'tolist', 'numpy'):
                 real = getattr(torch.Tensor, name)
                 patches.enter_context(unittest.mock.patch.object(
                     torch.Tensor, name, lambda x, *args, name=name, real=real: calls.append(name) or real(x, *args)))
+            patches.enter_context(Operators())
             parts, _ = train.loss_of(model, model, batch, settings, 0.0, 5.0)
             sum(parts.values()).backward()
-        self.assertEqual([name for name in calls if name != 'numpy'], ['cpu'], 'numpy: of costs that are on the CPU')
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        # match copies the costs, looks on the CPU for what is not finite, and solves.
+        self.assertEqual(calls[:3], ['cpu', 'aten.nonzero.default', 'tolist'], calls)
+        self.assertEqual(set(calls[3:]), {'numpy'}, 'of costs that are on the CPU')
 
     def test_divergence_is_one_line_and_keeps_the_checkpoint(self):
         real, calls = train.loss_of, []
@@ -2506,6 +2539,24 @@ class TestCommands(unittest.TestCase):
             self.run_train('--samples', str(self.root / 's.png'), *flags)
             self.assertEqual(Image.open(self.root / 's.png').size, (4 * 392, 2 * 392))
         self.assertEqual(sorted(p.name for p in self.root.iterdir()), ['s.png'], 'nothing is trained')
+
+    def test_metrics_do_not_depend_on_the_number_of_workers(self):
+        lines = []
+        for workers in '021':
+            self.run_train('--scheme', 'deim', '--denoising', '4', '--steps', '4', '--workers', workers, out=workers)
+            records = [json.loads(line) for line in (self.root / workers / 'metrics.jsonl').read_text().splitlines()]
+            lines.append([{k: v for k, v in record.items() if k != 'images_per_second'} for record in records])
+        self.assertEqual(len(lines[0]), 4, 'a record of the losses and three evaluations')
+        self.assertTrue(lines[0] == lines[1] == lines[2])
+
+    def test_resume_with_other_processes_is_refused(self):
+        self.run_train('--scheme', 'one2one', '--steps', '2')
+        for environment, message in (({'WORLD_SIZE': '2'}, 'has 1 processes.*here 2'), ({}, None)):
+            with unittest.mock.patch.dict(os.environ, environment):
+                if message:
+                    self.refuses(message, train.main, '--resume', str(self.root / 'run'))
+                else:
+                    self.run_train('--resume', str(self.root / 'run'))
 
     def test_resume_with_average_and_denoising(self):
         flags = ['--scheme', 'deim', '--steps', '6', '--denoising', '4']
@@ -2648,8 +2699,9 @@ class TestCommands(unittest.TestCase):
         self.refuses('--rho nan', train.main, *run, '--scheme', 'epoch', '--rho', 'nan')
         self.refuses('scheme group only has', train.main, *run, '--scheme', 'group', '--T', '5')
         self.refuses('84 tokens, too few', train.main, *run, '--scheme', 'one2one', '--queries', '500')
-        self.refuses('there is a file in the way', train.main, *SMALL, '--out',
-                     str(self.root / 'run' / 'metrics.jsonl' / 'x'))
+        for path in (self.root / 'run' / 'metrics.jsonl' / 'x', '/proc/x', '/dev/null'):   # not even root may
+            self.refuses('cannot write into', train.main, *SMALL, '--out', str(path))
+        self.refuses("--out '': names no folder", train.main, *SMALL, '--out', '')
         self.refuses('--nms 1.5', evaluation.main, '--weights', str(self.root / 'run' / 'checkpoint.pt'), '--nms',
                      '1.5')
         self.refuses('--rho', train.main, *run, '--scheme', 'epoch', '--rho', '2')
@@ -2680,6 +2732,39 @@ class TestCommands(unittest.TestCase):
         (root / 'annotations' / 'instances_train2017.json').unlink()
         self.refuses('annotation file', train.main, *run, '--data', str(root))
 
+    def test_illegal_values_of_every_flag(self):
+        """The flags of the help texts, so that a new one cannot be forgotten: each ends in a line that names it."""
+        no_value_is_illegal = {'help', 'data', 'out', 'resume', 'init', 'samples', 'weights', 'save-json', 'rows', 'model',
+                               'no-separate-attention', 'official-losses', 'dense-o2o', 'no-mixed-selection', 'compile',
+                               'no-look-forward-twice', 'no-pretrained', 'vertical-flip', 'checkpoint-activations', 'amp',
+                               'per-class'}   # paths, whose messages have tests of their own, and switches
+        more = {'cost-class': ['--cost', 'focal'], 'f2': ['--cost', 'stable'], 'mal-gamma': ['--cls-loss', 'mal'],
+                'K': ['--scheme', 'branch'], 'T': ['--scheme', 'branch'], 'weight': ['--scheme', 'branch'],
+                'rho': ['--scheme', 'epoch'], 'L1': ['--scheme', 'layer'], 'G': ['--scheme', 'group'],
+                'f1': ['--cls-loss', 'stable'], 'rescale': ['--cls-loss', 'stable']}
+        above_0 = {'epochs', 'eval-every', 'clip'}
+        for command in (train, evaluation):
+            with quiet() as printed, self.assertRaises(SystemExit):
+                command.parse(['--help'])
+            flags = set(re.findall(r'--([a-zA-Z][\w-]*)', printed.getvalue().split('options:')[1]))
+            flags = {flag for flag in flags if re.search(rf'^ +(-h, )?--(\[no-\])?{flag}\b', printed.getvalue(), re.M)}
+            self.assertGreater(len(flags), 15)
+            for flag in sorted(flags - no_value_is_illegal):
+                given = [*more.get(flag, []), *(['--weights', 'x.pt'] if command is evaluation else ['--out', str(
+                    self.root / 'out')])]
+                for value in ('-1', 'nan', 'x', *['0'] * (flag in above_0)):
+                    with self.subTest(flag=flag, value=value), contextlib.redirect_stderr(io.StringIO()) as printed:
+                        try:
+                            command.main([*given, f'--{flag}', value])
+                        except data.UserError as error:
+                            message = str(error)
+                        except SystemExit as error:   # argparse: no number, or none of the choices
+                            self.assertEqual(error.code, 2)
+                            message = printed.getvalue().splitlines()[-1]
+                        self.assertIn(f'--{flag}', message)
+                        self.assertNotIn('\n', message)
+        self.assertFalse((self.root / 'out').exists())
+
     def test_exit_code_and_nothing_half_written(self):
         done = subprocess.run([sys.executable, str(HERE / 'train.py'), '--data', str(self.root / 'nowhere'), '--out',
                                str(self.root / 'o')],
@@ -2687,6 +2772,71 @@ class TestCommands(unittest.TestCase):
         self.assertEqual((done.returncode, len(done.stderr.strip().splitlines()), (self.root / 'o').exists()),
                          (1, 1, False), done.stderr)
 
+
+@unittest.skipUnless('SLOW' in os.environ, 'minutes of killing: SLOW=20 python test_all.py TestKilled')
+class TestKilled(unittest.TestCase):
+    """SLOW: how often the training is killed."""
+
+    def setUp(self):
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.flags = [*SMALL, '--scheme', 'deim', '--denoising', '8', '--ffn', '32', '--overfit', '12', '--dropout', '0.1',
+                      '--steps', '100000', '--eval-every', '20']   # saved every 50 steps
+
+    def start(self, *flags, **environment):
+        process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *flags], env={**os.environ, **environment},
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_kill_9_at_any_moment(self):
+        """Every second kill comes at a random time, the others while a checkpoint is written."""
+        out, rng, before, kills = self.root / 'run', np.random.RandomState(0), 0, int(os.environ['SLOW'])
+        part, checkpoint, metrics = (out / name for name in ('checkpoint.part', 'checkpoint.pt', 'metrics.jsonl'))
+        for kill in range(kills):
+            part.unlink(missing_ok=True)
+            process = self.start(*(('--resume', str(out), '--workers', '0') if checkpoint.exists() else
+                                   (*self.flags, '--out', str(out))))
+            started, wait = time.monotonic(), rng.uniform(4, 16)
+            while time.monotonic() < started + wait or kill % 2 and not part.exists():
+                self.assertIsNone(process.poll(), 'the training must run until it is killed')
+                self.assertLess(time.monotonic(), started + 120)
+            process.kill()
+            self.assertEqual(process.communicate()[0].count('train.py:'), 0)
+            step = evaluation.read_checkpoint(str(checkpoint))['step'] if checkpoint.exists() else 0
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            logged = max([json.loads(line)['step'] for line in lines if line.endswith('}')], default=0)
+            print(f'kill {kill + 1}: checkpoint of step {step}, metrics up to {logged}')
+            self.assertGreaterEqual(step, before)
+            self.assertLessEqual(logged - step, 50, 'more than the last interval is lost')
+            before = step
+        self.assertGreater(before, 0)
+
+        def stop(_, content):   # an uninterrupted run, up to the same step
+            if content['step'] == before:
+                whole.update(content)
+                raise KeyboardInterrupt
+
+        whole, resumed = {}, evaluation.read_checkpoint(str(checkpoint))
+        with unittest.mock.patch.object(train, 'save', stop), self.assertRaises(KeyboardInterrupt), quiet():
+            train.main([*self.flags, '--out', str(self.root / 'whole')])
+        for entry in ('model', 'trained_model'):
+            for name, value in whole[entry].items():
+                self.assertTrue(torch.equal(value, resumed[entry][name]), f'{entry} {name} differs')
+
+    def test_a_process_that_dies_ends_the_others(self):
+        port, out = str(free_port()), self.root / 'run'
+        one, two = (self.start(*self.flags, '--out', str(out), RANK=rank, WORLD_SIZE='2', MASTER_ADDR='localhost',
+                               MASTER_PORT=port) for rank in '01')
+        started = time.monotonic()
+        while not (out / 'checkpoint.pt').exists():
+            self.assertIsNone(one.poll(), 'the training must run until the other process is killed')
+            self.assertLess(time.monotonic(), started + 120)
+        two.kill()
+        printed = one.communicate(timeout=60)[0]
+        two.communicate()
+        self.assertNotEqual(one.returncode, 0)
+        self.assertRegex(printed, 'train.py: .*another process')
+        self.assertGreater(evaluation.read_checkpoint(str(out / 'checkpoint.pt'))['step'], 0)
 
 if __name__ == '__main__':
     unittest.main()

@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from http.client import HTTPException
@@ -200,6 +201,8 @@ def complete(given: dict) -> dict:
                             cost_class=0, f2=0, denoising=0, ema=0, unstable=0, accumulate=1).items():
         if not math.inf > settings.get(name, least) >= least:   # so that nan fails, too
             raise UserError(f'{flag(name)} {settings[name]}: must be a number of at least {least}')
+    if settings['seed'] >= 2 ** 31:   # numpy's generator takes 32 bits, and the shapes of `val` have seed 2 * seed + 1
+        raise UserError(f'--seed {settings["seed"]}: must be below 2147483648')
     for name in ('epochs', 'eval_every', 'clip'):
         if settings.get(name) is not None and not settings[name] > 0:
             raise UserError(f'{flag(name)} {settings[name]}: must be above 0')
@@ -360,7 +363,7 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, 
 def new_folder(settings: dict) -> Path:
     """The run's folder: --out, or the first of runs/SCHEME, runs/SCHEME-2, ... that holds no checkpoint.
 
-    Raises UserError if --out holds one, or cannot be a folder."""
+    Raises UserError if --out holds one."""
     def free(path: Path) -> bool:
         return not (path / 'checkpoint.pt').exists()
 
@@ -368,11 +371,21 @@ def new_folder(settings: dict) -> Path:
         base = Path('runs') / settings['scheme']
         return next(path for i in range(1, 10_000) if free(path := base if i == 1 else Path(f'{base}-{i}')))
     out = Path(settings['out'])
-    if any(path.is_file() for path in (out, *out.parents)):
-        raise UserError(f'--out {out}: there is a file in the way')
+    if not settings['out']:
+        raise UserError("--out '': names no folder")
     if not free(out):
         raise UserError(f'--out {out} holds a run: go on with --resume {out}, or name another folder')
     return out
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if the run could not be written into `folder`, which need not exist yet: better now than at the
+    first checkpoint. The folder itself is only made then: a run that fails at its start leaves nothing behind."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f'cannot write into {there}, where {folder} should be: {error.strerror}') from None
 
 
 def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
@@ -507,11 +520,17 @@ def main(argv: list[str] | None = None) -> None:
         evaluation.compile_attention(device)
     checkpoint_activations = given.pop('checkpoint_activations', False)
     workers, samples = given.pop('workers', 2), given.pop('samples', None)
+    if workers < 0:
+        raise UserError(f'--workers {workers}: must be at least 0')
     settings, folder, checkpoint = new_or_resumed(given)
     if samples:
         draw_samples(settings, samples)
         print(f'picture: {samples}')
         return
+    check_writable(folder)
+    if checkpoint and checkpoint.get('processes', world) != world:
+        raise UserError(f'the run in {folder} has {checkpoint["processes"]} processes, and a resumed run keeps them '
+                        f'(here {world}): torchrun --nproc_per_node={checkpoint["processes"]} train.py --resume ..')
     torch.manual_seed(settings['seed'])
 
     train_set, val_set = open_data(settings)
@@ -562,14 +581,14 @@ def main(argv: list[str] | None = None) -> None:
         os.replace(part, metrics_file)
 
     def log(record: dict) -> None:
-        if rank == 0:   # the folder is only made now: a run that fails at its start leaves nothing behind
+        if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             with metrics_file.open('a' if records else 'w') as file:
                 file.write(json.dumps(record) + '\n')
             records.append(record)
 
     def evaluate(done: int, told: str = '') -> None:
-        if world > 1:   # batch norm counts for itself in each process: all evaluate what will be saved
+        if world > 1:   # batch norm counted for itself in each process in the last step: all evaluate what is saved
             for buffer in detector.buffers():
                 dist.broadcast(buffer, 0)
         rows = evaluation.detect(detector, val_set, categories['ids'], batch_size=batch_size, workers=workers)
@@ -610,7 +629,7 @@ def main(argv: list[str] | None = None) -> None:
         # mean over the processes, whose gradients are averaged, too.
         num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
         if world > 1:
-            num_boxes = torch.tensor(num_boxes / world, device=device)
+            num_boxes = torch.full((), num_boxes / world, device=device)   # torch.tensor would wait for the GPU
             dist.all_reduce(num_boxes)
 
         optimizer.zero_grad(set_to_none=True)
@@ -655,7 +674,7 @@ def main(argv: list[str] | None = None) -> None:
             save(checkpoint_file, {
                 'model': detector.state_dict(), 'optimizer': optimizer.state_dict(),
                 **({'trained_model': model.state_dict()} if average else {}),
-                'step': done, 'settings': settings, 'categories': categories,
+                'step': done, 'settings': settings, 'categories': categories, 'processes': world,
                 'architecture': architecture(settings, len(categories['ids']))})
         if INTERRUPTS:
             print(f'\nstopped after step {done}: go on with  python train.py --resume {folder}')
