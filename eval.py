@@ -325,6 +325,33 @@ def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: 
     save_grid(rows, path)
 
 
+def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple[float, float], path: str) -> None:
+    """Save a PNG of lines {text: (x values, y values)}; names and limits: of the x and y axis, which start at 0."""
+    image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
+    top = 120 + 50 * -(-len(lines) // 3)
+
+    def at(x, y):
+        return 130 + 1420 * x / limits[0], 1060 - (1060 - top) * y / limits[1]
+
+    for axis, limit in enumerate(limits):
+        step = next(step for power in range(-3, 9) for digit in (1, 2, 5)
+                    if limit / (step := digit * 10.0 ** power) <= 6)
+        for tick in np.arange(0, limit * 1.001, step):
+            (x, y), text = at(*((tick, 0) if axis == 0 else (0, tick))), f'{tick:.4g}'
+            pen.line((x, y, *(at(tick, limits[1]) if axis == 0 else at(limits[0], tick))), '#DDDDDD', 2)
+            pen.text((x, y + 16) if axis == 0 else (x - 16, y), text, 'black', font, anchor='mt' if axis == 0 else 'rm')
+    pen.line((at(0, limits[1]), at(0, 0), at(limits[0], 0)), 'black', 4)
+    pen.text((at(limits[0] / 2, 0)[0], 1180), names[0], 'black', font, anchor='mb')
+    pen.text((20, top - 40), names[1], 'black', font, anchor='lm')
+    for i, (text, (x, y)) in enumerate(lines.items()):   # the legend stands above the axes, where no line can be
+        pen.line([at(*point) for point in zip(x, y)], COLOURS[i % len(COLOURS)], 8, joint='curve')
+        left, middle = 20 + i % 3 * 525, 50 + i // 3 * 50
+        pen.line((left, middle, left + 60, middle), COLOURS[i % len(COLOURS)], 8)
+        pen.text((left + 76, middle), text, 'black', font, anchor='lm')
+    image.reduce(2).save(path)
+
+
 def draw_curve(precision: np.ndarray, path: str) -> None:
     """Save a PNG of precision over recall (H-DETR Fig. 7), the mean over the classes with ground truth.
 
@@ -335,30 +362,42 @@ def draw_curve(precision: np.ndarray, path: str) -> None:
     if not precision.size:
         raise UserError(f'{path}: without ground truth there is no precision-recall curve')
     curves = precision.mean(2)   # IoU 0.50, 0.55, ... 0.95
-    curves = {'IoU 0.5': curves[0], 'IoU 0.75': curves[5], 'mean of 0.5 to 0.95': curves.mean(0)}
-    image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
+    curves = {'IoU 0.5': curves[0], 'IoU 0.75': curves[5], 'mean of 0.5-0.95': curves.mean(0)}
+    recall = np.linspace(0, 1, precision.shape[1])
+    draw_lines({f'{name}: AP {curve.mean():.3f}': (recall, curve) for name, curve in curves.items()},
+               ('recall', 'precision'), (1, 1), path)
 
-    def at(recall, height):
-        return 130 + 1420 * recall, 1060 - 890 * height
 
-    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        pen.line((at(tick, 0), at(tick, 1)), '#DDDDDD', 2)
-        pen.line((at(0, tick), at(1, tick)), '#DDDDDD', 2)
-        pen.text((at(tick, 0)[0], 1076), f'{tick:.1f}', 'black', font, anchor='mt')
-        pen.text((114, at(0, tick)[1]), f'{tick:.1f}', 'black', font, anchor='rm')
-    pen.line((at(0, 1), at(0, 0), at(1, 0)), 'black', 4)
-    pen.text((at(0.5, 0)[0], 1180), 'recall', 'black', font, anchor='mb')
-    pen.text((20, 130), 'precision', 'black', font, anchor='lm')
-    x = 20   # the legend stands above the axes, where no curve can be
-    for colour, (name, curve) in zip(COLOURS, curves.items()):
-        pen.line([at(recall, height) for recall, height in zip(np.linspace(0, 1, len(curve)), curve)], colour, 8,
-                 joint='curve')
-        pen.line((x, 50, x + 70, 50), colour, 8)
-        text = f'{name}: AP {curve.mean():.3f}'
-        pen.text((x + 86, 50), text, 'black', font, anchor='lm')
-        x += 86 + pen.textlength(text, font) + 60
-    image.reduce(2).save(path)
+def compare(folders: list[str], picture: str | None = None) -> None:
+    """Print the results of several runs, and draw their AP over the steps (Group DETR Fig. 1, H-DETR Fig. 4).
+
+    Folders whose names differ only in what follows the last '-', the seed, are repetitions: a row and a line of their
+    means. Raises UserError if a folder holds no evaluated run, or repetitions differ in their evaluations.
+    """
+    runs: dict[str, list[list[dict]]] = {}
+    for folder in folders:
+        file = Path(folder) / 'metrics.jsonl'
+        if not file.is_file():
+            raise UserError(f'{file} does not exist: --compare takes folders of train.py')
+        lines = [line for line in file.read_text().splitlines() if line.endswith('}')]   # the last may be torn
+        runs.setdefault(Path(folder).name.rsplit('-', 1)[0], []).append(
+            [record for record in map(json.loads, lines) if 'AP' in record])
+    lines = {}
+    print('| run | seeds | steps | AP | AP50 | duplicates |\n|---|---|---|---|---|---|')
+    for name, repetitions in runs.items():
+        steps = [record['step'] for record in repetitions[0]]
+        if not steps or any([record['step'] for record in run] != steps for run in repetitions):
+            raise UserError(f'{name}: its runs have no evaluations, or not at the same steps')
+        last = [run[-1] for run in repetitions]
+        print('| ' + ' | '.join([name, str(len(last)), str(steps[-1]), *(
+            f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' for values in (
+                [record[key] for record in last] for key in ('AP', 'AP50', 'duplicates')))]) + ' |')
+        lines[name] = [0, *steps], [0, *np.mean([[record['AP'] for record in run] for run in repetitions], 0)]
+    print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds')
+    if picture:
+        draw_lines(lines, ('steps', 'AP'), (max(x[-1] for x, _ in lines.values()),
+                                            max(max(y) for _, y in lines.values())), picture)
+        print(f'picture: {picture}')
 
 
 # --- Benchmark ------------------------------------------------------------------------------------------------------
@@ -619,8 +658,9 @@ def benchmark(args: argparse.Namespace) -> None:
         name: row.clock.seconds() for name, row in rows.items()}
     print(f'torch {torch.__version__} on {device}, {torch.get_num_threads()} threads; {args.model}'
           f'{", bfloat16" * amp}; batches of {batch_size} images of {settings["image_size"]} pixels; {args.repeats} '
-          f'rounds\ndata: a batch is loaded in {np.mean(loading.seconds()):.3g} s by {args.workers} workers, without a step '
-          f'beside them; one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s\n'
+          f'rounds\n'
+          f'data: {args.workers} workers load a batch in {np.mean(loading.seconds()):.3g} s, with nothing beside them; '
+          f'one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s\n'
           f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | '
           f'against {first} | against one2one with as many queries |\n|{"---|" * (9 + len(stages) - 1)}')
     for name, row in rows.items():
@@ -712,6 +752,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--pictures', type=int, default=0, metavar='N',
                         help='draw ground truth and predictions of N images')
     parser.add_argument('--picture-file', default='predictions.png', help='PNG to draw to (default predictions.png)')
+    group = parser.add_argument_group('comparison of runs, instead of an evaluation')
+    group.add_argument('--compare', nargs='+', metavar='RUN', help='print the results of runs NAME-SEED, a row a NAME')
+    group.add_argument('--curves', metavar='FILE', help='and draw their AP over the steps to this PNG')
     group = parser.add_argument_group('benchmark: time and memory of training, instead of an evaluation')
     group.add_argument('--benchmark', nargs='?', const='schemes', choices=('schemes', 'queries', 'groups', 'loss'),
                        help='a table of all schemes (default), of branch with more and more queries, of group with '
@@ -722,16 +765,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument('--amp', action=argparse.BooleanOptionalAction, help='as in train.py')
     group.add_argument('--compile', action='store_true', help='as in train.py')
     args = parser.parse_args(argv)
-    if bool(args.weights) == bool(args.benchmark):
-        parser.error('one of --weights and --benchmark is needed')
-    machine = {'weights', 'benchmark', 'device', 'repeats', 'compile'}
-    common = machine | {'data', 'image_size', 'batch_size', 'workers', 'amp', 'model', 'rows'}
+    modes = [name for name in ('weights', 'compare', 'benchmark') if getattr(args, name)]
+    if len(modes) != 1:
+        parser.error('one of --weights, --compare and --benchmark is needed')
+    machine = {'device', 'repeats', 'compile'}
+    table = machine | {'data', 'image_size', 'batch_size', 'workers', 'amp', 'model', 'rows'}
+    means_something = {'weights': vars(args).keys() - {'curves', 'model', 'rows', 'repeats', 'amp', 'compile'},
+                       'compare': {'curves'}, 'benchmark': machine if args.benchmark == 'loss' else table}[modes[0]]
     for name, value in vars(args).items():   # nothing that is given is ignored
-        ignored = (name not in (machine if args.benchmark == 'loss' else common) if args.benchmark else
-                   name in ('model', 'rows', 'repeats', 'amp', 'compile'))
-        if ignored and value != parser.get_default(name):
-            parser.error(f'--{name.replace("_", "-")} has no meaning with ' + (
-                f'--benchmark {args.benchmark}' if args.benchmark else '--weights'))
+        if name not in (*modes, *means_something) and value != parser.get_default(name):
+            parser.error(f'--{name.replace("_", "-")} has no meaning with --{modes[0]}'
+                         + f' {args.benchmark}' * (modes[0] == 'benchmark'))
     return args
 
 
@@ -742,12 +786,14 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
-    for path in (args.save_json, args.picture_file, args.pr_curve):
+    for path in (args.save_json, args.picture_file, args.pr_curve, args.curves):
         if path and not Path(path).parent.is_dir():
             raise UserError(f'the folder of {path} does not exist')
-    for name, path in (('--picture-file', args.picture_file), ('--pr-curve', args.pr_curve)):
+    for name, path in (('--picture-file', args.picture_file), ('--pr-curve', args.pr_curve), ('--curves', args.curves)):
         if path is not None and not path.endswith('.png'):
             raise UserError(f'{name} {path}: must end in .png')
+    if args.compare:
+        return compare(args.compare, args.curves)
     if args.benchmark:
         return benchmark_loss(args) if args.benchmark == 'loss' else benchmark(args)
     model, categories, settings = load_detector(args.weights)
@@ -793,8 +839,8 @@ def run_command(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError as error:
-        sys.exit(f'{Path(sys.argv[0]).name}: the GPU is full; take a smaller --batch-size (in training with --accumulate) '
-                 f'or --checkpoint-activations ({str(error).splitlines()[0]})')
+        sys.exit(f'{Path(sys.argv[0]).name}: the GPU is full; take a smaller --batch-size (in training with '
+                 f'--accumulate) or --checkpoint-activations ({str(error).splitlines()[0]})')
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and 'gloo' not in str(error):
             raise

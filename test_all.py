@@ -2193,6 +2193,27 @@ class TestMeasures(unittest.TestCase):
         with self.assertRaisesRegex(data.UserError, 'without ground truth'):
             evaluation.average_precision({**truth, 'annotations': []}, rows, curve=str(folder / 'no.png'))
 
+    def test_comparison_of_runs(self):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for name, aps in {'group-0': (0.1, 0.4), 'group-1': (0.2, 0.6), 'one2one-0': (0.3, 0.3)}.items():
+            (folder / name).mkdir()
+            (folder / name / 'metrics.jsonl').write_text('{"step": 5, "loss": 1}\n' + ''.join(json.dumps({
+                'step': 10 * i + 10, 'AP': ap, 'AP50': ap, 'duplicates': 0}) + '\n' for i, ap in enumerate(aps))
+                + '{"step": 30, "lo')
+        runs = [str(folder / name) for name in ('group-0', 'group-1', 'one2one-0')]
+        with quiet() as printed:
+            evaluation.main(['--compare', *runs, '--curves', str(folder / 'curves.png')])
+        self.assertIn('| group | 2 | 20 | 0.500 (0.400-0.600) |', printed.getvalue())
+        self.assertIn('| one2one | 1 | 20 | 0.300 (0.300-0.300) |', printed.getvalue())
+        image = np.array(Image.open(folder / 'curves.png').convert('RGB')).astype(int)
+        column = np.abs(image[100:, round((130 + 1420 * 0.5) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # half of the steps
+        height = (1060 - 2 * (column.nonzero()[0] + 100).mean()) / 890 * 0.5
+        self.assertAlmostEqual(height, 0.15, delta=0.01)
+        (folder / 'group-1' / 'metrics.jsonl').write_text('')
+        for flags, message in ((runs, 'group: its runs have no evaluat'), ([str(folder)], 'metrics.jsonl does not')):
+            with self.assertRaisesRegex(data.UserError, message), quiet():
+                evaluation.main(['--compare', *flags])
+
     def test_bad_flags_are_refused(self):
         for flags, message in ((['--pr-curve', 'p.jpg'], '--pr-curve p.jpg: must end in .png'),
                                (['--pr-curve', '/nowhere/p.png'], 'the folder of /nowhere/p.png does not exist'),
@@ -2392,7 +2413,8 @@ class TestCommands(unittest.TestCase):
             rows = [evaluation.BenchmarkRow({'model': 'tiny', 'data': 'shapes', **given}, 6, torch.device('cpu'), False)
                     for given in (dict(scheme='one2one'), dict(scheme='stable'), dict(scheme='branch'),
                                   dict(scheme='branch', published=True))]
-            one, stable, branch, published = (row.gflops(data.collate([data.ShapesDataset('train', 1, 128, 0)[0, 0]])) for row in rows)
+            batch = data.collate([data.ShapesDataset('train', 1, 128, 0)[0, 0]])
+            one, stable, branch, published = (row.gflops(batch) for row in rows)
         self.assertTrue(one < branch < published and one < stable, 'denoising queries and the mask cost something')
         self.refuses('--rows nonsense: is in none of one2one', evaluation.main, '--benchmark', '--rows', 'nonsense')
         self.refuses('--model vgg16: unknown backbone', evaluation.main, '--benchmark', '--model', 'vgg16')
@@ -2659,6 +2681,21 @@ class TestCommands(unittest.TestCase):
         self.assertRegex(printed, r'not taken from it: class_heads.0.weight \(3, 96\)')
         self.assertRegex(printed, r'but not used: class_heads.0.weight \(6, 96\)')
 
+    def test_fixed_encoder(self):
+        self.refuses('--fixed-encoder: needs --init', train.main, *SMALL, '--fixed-encoder')
+        self.run_train('--steps', '1', '--scheme', 'one2one', out='first')
+        weights = str(self.root / 'first' / 'checkpoint.pt')
+        self.run_train('--steps', '2', '--scheme', 'group', '--G', '2', '--init', weights, '--fixed-encoder', '--seed',
+                       '1')
+        before, after = (evaluation.read_checkpoint(path)['model'] for path in (
+            weights, str(self.root / 'run' / 'checkpoint.pt')))
+        for name, value in before.items():
+            if name.startswith(train.ENCODER) and not re.search('running|num_batches', name):
+                self.assertTrue(torch.equal(value, after[name]), name)
+            elif re.match(r'decoder.*(proj|linear\d)\.weight', name):
+                self.assertGreater(float((value - after[name]).abs().max()), 0.01, f'{name} must start anew')
+        self.run_train('--resume', str(self.root / 'run'))
+
     def test_resume_with_other_classes_is_refused(self):
         root, run = coco_folder(self.root / 'coco'), ('--data', str(self.root / 'coco'), '--steps', '1', '--scheme',
                                                       'one2one')
@@ -2734,10 +2771,11 @@ class TestCommands(unittest.TestCase):
 
     def test_illegal_values_of_every_flag(self):
         """The flags of the help texts, so that a new one cannot be forgotten: each ends in a line that names it."""
-        no_value_is_illegal = {'help', 'data', 'out', 'resume', 'init', 'samples', 'weights', 'save-json', 'rows', 'model',
-                               'no-separate-attention', 'official-losses', 'dense-o2o', 'no-mixed-selection', 'compile',
-                               'no-look-forward-twice', 'no-pretrained', 'vertical-flip', 'checkpoint-activations', 'amp',
-                               'per-class'}   # paths, whose messages have tests of their own, and switches
+        # Paths, whose messages have tests of their own, and switches.
+        no_value_is_illegal = {
+            'help', 'compare', 'curves', 'data', 'out', 'resume', 'init', 'samples', 'weights', 'save-json', 'rows',
+            'model', 'no-separate-attention', 'official-losses', 'dense-o2o', 'no-mixed-selection', 'compile',
+            'fixed-encoder', 'no-look-forward-twice', 'no-pretrained', 'vertical-flip', 'checkpoint-activations', 'amp', 'per-class'}
         more = {'cost-class': ['--cost', 'focal'], 'f2': ['--cost', 'stable'], 'mal-gamma': ['--cls-loss', 'mal'],
                 'K': ['--scheme', 'branch'], 'T': ['--scheme', 'branch'], 'weight': ['--scheme', 'branch'],
                 'rho': ['--scheme', 'epoch'], 'L1': ['--scheme', 'layer'], 'G': ['--scheme', 'group'],
@@ -2779,8 +2817,8 @@ class TestKilled(unittest.TestCase):
 
     def setUp(self):
         self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        self.flags = [*SMALL, '--scheme', 'deim', '--denoising', '8', '--ffn', '32', '--overfit', '12', '--dropout', '0.1',
-                      '--steps', '100000', '--eval-every', '20']   # saved every 50 steps
+        self.flags = [*SMALL, '--scheme', 'deim', '--denoising', '8', '--ffn', '32', '--dropout', '0.1', '--overfit',
+                      '12', '--steps', '100000', '--eval-every', '20']   # saved every 50 steps
 
     def start(self, *flags, **environment):
         process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *flags], env={**os.environ, **environment},
