@@ -2683,14 +2683,15 @@ class TestCommands(unittest.TestCase):
 
     def test_fixed_encoder(self):
         self.refuses('--fixed-encoder: needs --init', train.main, *SMALL, '--fixed-encoder')
+        self.refuses('--init-part encoder: needs --init', train.main, *SMALL, '--init-part', 'encoder')
         self.run_train('--steps', '1', '--scheme', 'one2one', out='first')
         weights = str(self.root / 'first' / 'checkpoint.pt')
-        self.run_train('--steps', '2', '--scheme', 'group', '--G', '2', '--init', weights, '--fixed-encoder', '--seed',
-                       '1')
+        self.run_train('--steps', '2', '--scheme', 'group', '--G', '2', '--init', weights, '--init-part', 'encoder',
+                       '--fixed-encoder', '--seed', '1')
         before, after = (evaluation.read_checkpoint(path)['model'] for path in (
             weights, str(self.root / 'run' / 'checkpoint.pt')))
         for name, value in before.items():
-            if name.startswith(train.ENCODER) and not re.search('running|num_batches', name):
+            if name.startswith(train.PARTS['encoder']) and not re.search('running|num_batches', name):
                 self.assertTrue(torch.equal(value, after[name]), name)
             elif re.match(r'decoder.*(proj|linear\d)\.weight', name):
                 self.assertGreater(float((value - after[name]).abs().max()), 0.01, f'{name} must start anew')
@@ -2775,7 +2776,8 @@ class TestCommands(unittest.TestCase):
         no_value_is_illegal = {
             'help', 'compare', 'curves', 'data', 'out', 'resume', 'init', 'samples', 'weights', 'save-json', 'rows',
             'model', 'no-separate-attention', 'official-losses', 'dense-o2o', 'no-mixed-selection', 'compile',
-            'fixed-encoder', 'no-look-forward-twice', 'no-pretrained', 'vertical-flip', 'checkpoint-activations', 'amp', 'per-class'}
+            'fixed-encoder', 'no-look-forward-twice', 'no-pretrained', 'vertical-flip', 'checkpoint-activations', 'amp',
+            'per-class'}
         more = {'cost-class': ['--cost', 'focal'], 'f2': ['--cost', 'stable'], 'mal-gamma': ['--cls-loss', 'mal'],
                 'K': ['--scheme', 'branch'], 'T': ['--scheme', 'branch'], 'weight': ['--scheme', 'branch'],
                 'rho': ['--scheme', 'epoch'], 'L1': ['--scheme', 'layer'], 'G': ['--scheme', 'group'],

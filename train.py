@@ -35,9 +35,9 @@ from matchers import class_scores, denoising_queries, encoder_groups, expected_p
 
 COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, clip=0.1, weight_decay=1e-4, dropout=0.0,
               mixed_selection=True, look_forward_twice=True, separate_attention=True, pretrained=True, eval_every=None,
-              overfit=0, vertical_flip=False, init=None, fixed_encoder=False, cls_loss='focal', mal_gamma=1.5,
-              f1='s2', rescale='one', official_losses=False, cost='focal', f2=0.5, fusion='none', denoising=0,
-              dense_o2o=False, ema=0.0, unstable=0, accumulate=1)
+              overfit=0, vertical_flip=False, init=None, init_part='all', fixed_encoder=False, cls_loss='focal',
+              mal_gamma=1.5, f1='s2', rescale='one', official_losses=False, cost='focal', f2=0.5, fusion='none',
+              denoising=0, dense_o2o=False, ema=0.0, unstable=0, accumulate=1)
 TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine', warmup=0.05, ffn=256,
             pretrained=False)
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
@@ -58,6 +58,9 @@ TINY_ROWS = {'one2one': dict(n=50), 'branch': dict(n=50, T=150, K=6, weight=1.0)
              'epoch': dict(n=200, K=10, rho=2 / 3), 'layer': dict(n=200, K=10, L1=2),
              'group': dict(n=50, G=4), 'one2many': dict(n=200, K=6), 'stable': dict(n=50),
              'deim': dict(n=100)}   # a mosaic has four images' objects
+# What --init-part takes: how the names of its parameters begin.
+PARTS = {'all': '', 'backbone': 'backbone.',
+         'encoder': ('backbone.', 'input_proj.', 'level_embed', 'encoder.', 'fusions.')}
 ROW_NUMBERS = ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G')
 
 # The papers that change no assignment are switches, which go with every scheme; a preset is one2one with the paper's.
@@ -142,8 +145,9 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--out', help='folder of the run (default runs/SCHEME, numbered if it is taken)')
     group.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, settings unchanged')
     group.add_argument('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
+    group.add_argument('--init-part', choices=tuple(PARTS), help='take only this from --init (default all)')
     group.add_argument('--fixed-encoder', action='store_true',
-                       help='take only backbone and encoder from --init, and do not train them (Group DETR Table 1)')
+                       help='do not train what --init-part backbone or encoder takes (Group DETR Table 1)')
     group.add_argument('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
     group.add_argument('--unstable', type=int, metavar='N',
                        help='with every evaluation, match N images and tell how many objects change their query from '
@@ -192,8 +196,10 @@ def complete(given: dict) -> dict:
     if settings['official_losses'] and not cost_has_two and settings['cls_loss'] not in OFFICIAL_FORMS:
         raise UserError(f'--official-losses: --cls-loss {settings["cls_loss"]} with --cost {settings["cost"]} has one '
                         'form only')
-    if settings['fixed_encoder'] and not settings['init']:
-        raise UserError('--fixed-encoder: needs --init FILE, a trained encoder')
+    if settings['init_part'] != 'all' and not settings['init']:
+        raise UserError(f'--init-part {settings["init_part"]}: needs --init FILE')
+    if settings['fixed_encoder'] and settings['init_part'] == 'all':
+        raise UserError('--fixed-encoder: needs --init FILE --init-part encoder (or backbone)')
     if settings['overfit'] and given.get('dense_o2o'):
         raise UserError('--dense-o2o: --overfit trains on images as they are')
     settings['dense_o2o'] = settings['dense_o2o'] and not settings['overfit']
@@ -279,9 +285,6 @@ def draw_samples(settings: dict, file: str, n: int = 8) -> None:
     evaluation.save_grid([pictures[i:i + 4] for i in range(0, len(pictures), 4)], file)
 
 
-ENCODER = 'backbone.', 'input_proj.', 'level_embed', 'encoder.', 'fusions.'   # how their parameters' names begin
-
-
 def build_model(settings: dict, num_classes: int) -> HybridDETR:
     """A new model with its starting weights. Raises UserError if the backbone is unknown or cannot be downloaded."""
     try:
@@ -289,9 +292,9 @@ def build_model(settings: dict, num_classes: int) -> HybridDETR:
     except ValueError as error:
         raise UserError(f'--model {settings["model"]}: {error}') from None
     given = what_fits(model, settings['init']) if settings['init'] else {}
-    if settings['fixed_encoder']:
-        given = {name: value for name, value in given.items() if name.startswith(ENCODER)}
-        print(f'  of these, the {len(given)} of backbone and encoder are used, and stay as they are')
+    if settings['init_part'] != 'all':
+        given = {name: value for name, value in given.items() if name.startswith(PARTS[settings['init_part']])}
+        print(f'  of these, the {len(given)} of --init-part {settings["init_part"]} are used')
     if settings['pretrained'] and not any(name.startswith('backbone.') for name in given):
         try:
             model.backbone.load_imagenet()
@@ -554,7 +557,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device)
     if settings['fixed_encoder']:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not name.startswith(ENCODER))
+            parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
     start = 0
     if checkpoint:
