@@ -69,11 +69,6 @@ class Batch(NamedTuple):
             return [move(y) for y in x] if isinstance(x, list) else x.to(device, non_blocking=True)
         return Batch(*(move(x) for x in self[:4]), *self[4:])
 
-    def pin_memory(self) -> 'Batch':
-        def pin(x):
-            return [pin(y) for y in x] if isinstance(x, list) else x.pin_memory()
-        return Batch(*(pin(x) for x in self[:4]), *self[4:])
-
 
 def collate(samples: list[Sample]) -> Batch:
     """Pad all images at the bottom and right to the largest height and width of the batch."""

@@ -439,7 +439,8 @@ def published_loss(outputs: Outputs, gt_labels: list[Tensor], gt_boxes: list[Ten
 
 def published_self_attention(self, content: Tensor, position: Tensor, groups, denoising: int = 0) -> Tensor:
     """GroupSelfAttention.forward with one attention over the whole row and an (N,N) mask, as in H-DETR's code."""
-    owner = torch.arange(len(groups), device=content.device).repeat_interleave(torch.tensor(groups).to(content.device))
+    owner = torch.arange(len(groups), device=content.device).repeat_interleave(
+        torch.tensor(groups).to(content.device, non_blocking=True), output_size=sum(groups))
     q = (content + position).transpose(0, 1)
     return F.multi_head_attention_forward(
         q, q, content.transpose(0, 1), q.shape[-1], self.heads, self.in_proj.weight, self.in_proj.bias, None, None,
@@ -569,9 +570,9 @@ class BenchmarkRow:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.tick('optimizer')
-        if self.device.type == 'cuda':
+        if self.device.type == 'cuda' and not first:   # the first step makes the optimizer's moments, too
             self.memory = max(self.memory, torch.cuda.max_memory_allocated(self.device) - before)
-        elif first:
+        elif self.device.type == 'cpu' and first:
             own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
             self.memory = sum(size for pointer, size in kept.items() if pointer not in own)
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -662,7 +663,7 @@ def benchmark(args: argparse.Namespace) -> None:
           f'data: {args.workers} workers load a batch in {np.mean(loading.seconds()):.3g} s, with nothing beside them; '
           f'one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s\n'
           f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | '
-          f'against {first} | against one2one with as many queries |\n|{"---|" * (9 + len(stages) - 1)}')
+          f'against {first} | against one2one with as many queries |\n|{"---|" * (8 + len(stages))}')
     for name, row in rows.items():
         alike = [other for other in rows if other.startswith('one2one')
                  and sum(rows[other].model.groups) == sum(row.model.groups)]
@@ -786,6 +787,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: torch finds no CUDA device here')
     for path in (args.save_json, args.picture_file, args.pr_curve, args.curves):
         if path and not Path(path).parent.is_dir():
             raise UserError(f'the folder of {path} does not exist')

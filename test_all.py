@@ -2437,7 +2437,9 @@ class TestCommands(unittest.TestCase):
                 kind = operator.overloadpacket
                 indices = args[1] if kind in (aten.index, aten.index_put, aten.index_put_) else []
                 by_mask = any(x is not None and x.dtype == torch.bool for x in indices)
-                if by_mask or kind in (aten.nonzero, aten.masked_select, aten._local_scalar_dense):
+                of_unknown_length = kind == aten.repeat_interleave and kwargs.get('output_size') is None
+                if by_mask or of_unknown_length or kind in (aten.nonzero, aten.masked_select, aten._unique2, aten.equal,
+                                                            aten._local_scalar_dense):
                     calls.append(str(operator))
                 return operator(*args, **(kwargs or {}))
 
