@@ -55,13 +55,39 @@ def read_checkpoint(path: str) -> dict:
     except Exception as error:   # a damaged file, or one with code in it, can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f'{path} is no readable checkpoint: {reason}') from None
-    if not isinstance(content, dict) or not isinstance(content.get('model'), dict):
-        raise UserError(f"{path} is no checkpoint of a detector: it has no entry 'model'")
+    model = content.get('model') if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(x, str) and isinstance(y, Tensor) for x, y in model.items()):
+        raise UserError(f"{path} is no checkpoint of a detector: it has no entry 'model' of names and tensors")
+    broken = next((name for name, x in model.items() if not x.isfinite().all()), None)
+    if broken:
+        raise UserError(f'{path} holds a model that diverged: {broken} is not finite')
     return content
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics file. The last line of a killed run may be torn; another bad one raises UserError."""
+    lines, records = path.read_text(errors='replace').splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+            records[-1]['step'] + 0
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise UserError(f'line {number} of {path} is no record of a training step') from None
+            return records[:number - 1]
+    return records
 
 
 def is_official(checkpoint: dict) -> bool:
     return 'architecture' not in checkpoint
+
+
+def categories_of(checkpoint: dict) -> Categories:
+    ids, names = checkpoint['categories']['ids'], checkpoint['categories']['names']
+    for values, kind in ((ids, int), (names, str)):
+        if not isinstance(values, list) or len(values) != len(ids) or not all(isinstance(x, kind) for x in values):
+            raise ValueError('its categories are no lists of ids and names')
+    return Categories(ids, names)
 
 
 def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
@@ -78,9 +104,12 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
             return from_official(checkpoint['model'], groups, mixed).eval(), None, {}
         model = HybridDETR(**checkpoint['architecture'])
         model.load_state_dict(checkpoint['model'])
-        categories, settings = Categories(**checkpoint['categories']), dict(checkpoint['settings'])
+        categories, settings = categories_of(checkpoint), dict(checkpoint['settings'])
         if len(categories) != model.num_classes:
             raise ValueError(f'it has {model.num_classes} classes and the names of {len(categories)}')
+        for name, kind in dict(data=str, image_size=int, batch_size=int, seed=int, overfit=int).items():
+            if not isinstance(settings.get(name, kind()), kind):
+                raise TypeError(f'its settings have the {name} {settings[name]!r}')
     except Exception as error:   # entries may be missing, or anything: it is somebody's file
         raise UserError(f'{path} does not fit: {type(error).__name__} {" ".join(str(error).split())[:200]}') from None
     return model.eval(), categories, settings
@@ -379,9 +408,8 @@ def compare(folders: list[str], picture: str | None = None) -> None:
         file = Path(folder) / 'metrics.jsonl'
         if not file.is_file():
             raise UserError(f'{file} does not exist: --compare takes folders of train.py')
-        lines = [line for line in file.read_text().splitlines() if line.endswith('}')]   # the last may be torn
-        runs.setdefault(Path(folder).name.rsplit('-', 1)[0], []).append(
-            [record for record in map(json.loads, lines) if 'AP' in record])
+        evaluations = [record for record in read_metrics(file) if 'AP' in record]
+        runs.setdefault(Path(folder).name.rsplit('-', 1)[0], []).append(evaluations)
     lines = {}
     print('| run | seeds | steps | AP | AP50 | duplicates |\n|---|---|---|---|---|---|')
     for name, repetitions in runs.items():
@@ -396,7 +424,7 @@ def compare(folders: list[str], picture: str | None = None) -> None:
     print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds')
     if picture:
         draw_lines(lines, ('steps', 'AP'), (max(x[-1] for x, _ in lines.values()),
-                                            max(max(y) for _, y in lines.values())), picture)
+                                            max(1e-3, *(max(y) for _, y in lines.values()))), picture)
         print(f'picture: {picture}')
 
 
@@ -787,6 +815,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
+    for name in ('weights', 'data', 'save_json', 'pr_curve', 'picture_file', 'curves', 'rows'):
+        if getattr(args, name) == '':   # a variable of the shell that was not set
+            raise UserError(f"--{name.replace('_', '-')} '': is empty")
+    if args.save_json and not args.save_json.endswith('.json'):
+        raise UserError(f'--save-json {args.save_json}: must end in .json')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch finds no CUDA device here')
     for path in (args.save_json, args.picture_file, args.pr_curve, args.curves):
@@ -841,14 +874,18 @@ def run_command(main) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:   # of the GPU; the CPU's has no class of its own
         sys.exit(f'{Path(sys.argv[0]).name}: the GPU is full; take a smaller --batch-size (in training with '
                  f'--accumulate) or --checkpoint-activations ({str(error).splitlines()[0]})')
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and 'gloo' not in str(error):
+        reasons = {'gloo': 'another process of this run is gone, or does not answer; its own message says why',
+                   'DataLoader worker': 'a process that loads images is gone; is the memory full? fewer --workers?',
+                   'allocate memory': 'the memory is full'}
+        reason = next((reason for text, reason in reasons.items() if text in str(error)),
+                      reasons['gloo'] if isinstance(error, torch.distributed.DistError) else None)
+        if not reason:
             raise
-        sys.exit(f'{Path(sys.argv[0]).name}: another process of this run is gone, or does not answer; its own message '
-                 f'says why; the last checkpoint is kept ({str(error).splitlines()[0]})')
+        sys.exit(f'{Path(sys.argv[0]).name}: {reason} ({str(error).splitlines()[0]})')
     except (UserError, OSError) as error:   # OSError: no right to write, disk full
         # From a worker process the message comes with its traceback around it.
         sys.exit(f'{Path(sys.argv[0]).name}: {str(error).split("UserError: ")[-1].strip()}')

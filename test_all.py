@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -1844,8 +1845,8 @@ BAD_ANNOTATIONS = {
     'image without name': (lambda c: c['images'][0].pop('file_name'), 'entry 0 of images has no file_name'),
     'name leaves the folder': (lambda c: c['images'][0].update(file_name='../x.png'), 'outside the image folder'),
     'absolute name': (lambda c: c['images'][0].update(file_name='/etc/x.png'), 'outside the image folder'),
-    'missing image': (lambda c: c['images'][0].update(file_name='none.png'), 'names the image none.png'),
-    'no height': (lambda c: c['images'][2].pop('height'), r'2\.png, has the width and height \(60, None\)'),
+    'missing image': (lambda c: c['images'][0].update(file_name='none.png'), "names the image 'none.png'"),
+    'no height': (lambda c: c['images'][2].pop('height'), r"2\.png', has the width and height \(60, None\)"),
     'height 0': (lambda c: c['images'][2].update(height=0), 'must be whole numbers above 0'),
     'category id is a string': (lambda c: c['categories'][0].update(id='1'), "has the id '1'"),
     'category id twice': (lambda c: c['categories'][0].update(id=7), 'the id 7 stands for two categories'),
@@ -1854,6 +1855,9 @@ BAD_ANNOTATIONS = {
     'unknown category': (lambda c: c['annotations'][1].update(category_id=91), r'id 2\) has the category_id 91'),
     'no box': (lambda c: c['annotations'][0].pop('bbox'), 'has the bbox None'),
     'box of three': (lambda c: c['annotations'][0].update(bbox=[1, 2, 3]), r'has the bbox \[1, 2, 3\]'),
+    'id above 2^53': (lambda c: [c['images'][0].update(id=10 ** 18), c['annotations'][0].update(image_id=10 ** 18)],
+                      'has the id 1000000000000000000, no whole number below 2.53'),
+    'number of 400 digits': (lambda c: c['annotations'][0].update(bbox=[1, 2, 10 ** 400, 3]), 'must be four numbers'),
     'NaN in a box': (lambda c: c['annotations'][0].update(bbox=[1, 2, math.nan, 4]), 'must be four numbers'),
     'text in a box': (lambda c: c['annotations'][0].update(bbox=[1, '2', 3, 4]), 'must be four numbers'),
     'iscrowd 2': (lambda c: c['annotations'][0].update(iscrowd=2), 'has iscrowd 2'),
@@ -2262,7 +2266,7 @@ def train_with_frozen_norm(flags: list[str]) -> None:
 class TestCommands(unittest.TestCase):
     def setUp(self):
         self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        real = data.ShapesDataset   # with fewer images, quick to go through
+        real = self.shapes = data.ShapesDataset   # with fewer images, quick to go through
         self.enterContext(unittest.mock.patch.object(data, 'ShapesDataset', lambda split, length, size,
                                                      seed: real(split, 12, size, seed)))
 
@@ -2466,11 +2470,32 @@ class TestCommands(unittest.TestCase):
             return ({**parts, 'class': parts['class'] * math.nan}, stats) if len(calls) > 50 else (parts, stats)
 
         with unittest.mock.patch.object(train, 'loss_of', spoil_later):
-            self.refuses('step .*: .*not finite.*shapes/train', train.main, *SMALL, '--scheme', 'one2one', '--out',
-                         str(self.root / 'run'), '--steps', '60', '--eval-every', '100')
+            first, second = next(itertools.islice(data.TrainBatches(12, 2, 60), 50, None))
+            names = f'shapes/train/{first[1]}, shapes/train/{second[1]}'
+            self.refuses(f'step 50: class is not finite; the images are {names}. Lower', train.main, *SMALL, '--scheme',
+                         'one2one', '--out', str(self.root / 'run'), '--steps', '60', '--eval-every', '100')
         checkpoint = evaluation.read_checkpoint(str(self.root / 'run' / 'checkpoint.pt'))
         self.assertEqual(checkpoint['step'], 50)
         self.assertTrue(all(bool(x.isfinite().all()) for x in checkpoint['model'].values()))
+
+    def test_divergence_of_every_kind_saves_nothing(self):
+        for steps, flags, interrupted, message in (
+                (1, ['--lr', '1e39'], False, 'step 0: a weight is not finite'),   # without a second step to see it
+                (3, ['--lr', '1e39'], True, 'step 0: a weight is not finite'),
+                (40, ['--lr', '1e5'], False, r'step \d+: .* is not finite'),
+                (9, ['--lr', '1e39'], False, 'step 1: the predictions of .* are not finite for image . of the batch')):
+            real = train.loss_of
+
+            def interrupt(*args, **kwargs):
+                if interrupted:
+                    train.note_interrupt()
+                return real(*args, **kwargs)
+
+            with unittest.mock.patch.object(train, 'loss_of', interrupt), self.subTest(flags=flags, steps=steps):
+                self.refuses(message, train.main, *SMALL, '--scheme', 'one2one', '--warmup', '0', '--steps', str(steps),
+                             '--eval-every', '100', *flags, '--out', str(self.root / f'run{steps}'))
+            train.INTERRUPTS.clear()
+        self.assertEqual(list(self.root.iterdir()), [])
 
     def test_full_disk_keeps_the_checkpoint(self):
         path = self.root / 'checkpoint.pt'
@@ -2573,14 +2598,76 @@ class TestCommands(unittest.TestCase):
         self.assertEqual(len(lines[0]), 4, 'a record of the losses and three evaluations')
         self.assertTrue(lines[0] == lines[1] == lines[2])
 
-    def test_resume_with_other_processes_is_refused(self):
+    def test_resume_under_other_conditions_is_refused(self):
         self.run_train('--scheme', 'one2one', '--steps', '2')
-        for environment, message in (({'WORLD_SIZE': '2'}, 'has 1 processes.*here 2'), ({}, None)):
-            with unittest.mock.patch.dict(os.environ, environment):
-                if message:
-                    self.refuses(message, train.main, '--resume', str(self.root / 'run'))
-                else:
-                    self.run_train('--resume', str(self.root / 'run'))
+        resume = ['--resume', str(self.root / 'run'), '--workers', '0']
+        with unittest.mock.patch.dict(os.environ, WORLD_SIZE='2'):
+            self.refuses('has processes 1, here it is 2', train.main, *resume)
+        self.refuses('has amp False, here it is True', train.main, *resume, '--amp')
+        with unittest.mock.patch.object(data, 'ShapesDataset', lambda split, _, size, seed: self.shapes(split, 4, size,
+                                                                                                        seed)):
+            self.refuses(r'has images \[12, 12\], here it is \[4, 4\]', train.main, *resume)
+        self.run_train(*resume)
+
+    def test_a_folder_belongs_to_one_run(self):
+        real = train.loss_of
+
+        def other_run(*args, **kwargs):
+            (self.root / 'run').mkdir(exist_ok=True)
+            (self.root / 'run' / 'metrics.jsonl').write_text('of another run')
+            return real(*args, **kwargs)
+
+        flags = [*SMALL, '--scheme', 'one2one', '--steps', '2', '--out', str(self.root / 'run')]
+        with unittest.mock.patch.object(train, 'loss_of', other_run):
+            self.refuses('holds another run by now', train.main, *flags)
+        self.refuses('holds a run', train.main, *flags)
+        self.assertEqual([(p.name, p.read_text()) for p in (self.root / 'run').iterdir()],
+                         [('metrics.jsonl', 'of another run')])
+
+    def test_metrics_that_are_damaged(self):
+        self.run_train('--scheme', 'one2one', '--steps', '2')
+        file = self.root / 'run' / 'metrics.jsonl'
+        good = file.read_text()
+        for line in ('garbage}', '{}', '[]', '3', '{"step": "x"}'):
+            file.write_text(f'{line}\n{good}')
+            for call in ((train.main, '--resume'), (evaluation.main, '--compare')):
+                self.refuses('line 1 of .*metrics.jsonl is no record', call[0], call[1], str(self.root / 'run'))
+
+    def test_damaged_checkpoints_of_a_run(self):
+        """40 more, by the entrances that read more of the file: each goes on, or ends in one line."""
+        small = dict(width=32, heads=2, encoder_layers=1, decoder_layers=1)
+        self.enterContext(unittest.mock.patch.dict(train.TINY_MODEL, small))
+        self.enterContext(unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone))
+        self.enterContext(unittest.mock.patch.object(evaluation, 'average_precision', lambda *args, **kwargs: ({
+            'AP': 0.0, 'AP50': 0.0}, {})))
+        self.enterContext(unittest.mock.patch.object(evaluation, 'detect', lambda *args, **kwargs: np.zeros((0, 7))))
+        self.enterContext(unittest.mock.patch.object(evaluation, 'draw_predictions'))
+        self.run_train('--scheme', 'stable', '--steps', '1', '--ffn', '8', '--denoising', '2', '--ema', '0.5')
+        path = self.root / 'run' / 'checkpoint.pt'
+        content, rng, refused = evaluation.read_checkpoint(str(path)), np.random.RandomState(0), 0
+        junk = (None, 3, -1, 'x', torch.zeros(2), [], {}, math.nan)
+        for i in range(40):
+            broken = copy.deepcopy(content)
+            optimizer = broken['optimizer']
+            place = [broken, broken['settings'], broken['model'], broken['trained_model'], broken['categories'],
+                     optimizer, optimizer['state'][3], optimizer['param_groups'][0]][i % 8]
+            name = list(place)[rng.randint(len(place))]
+            if rng.rand() < 0.3:
+                del place[name]
+            else:
+                place[name] = junk[rng.randint(len(junk))]
+            torch.save(broken, path)
+            for call, *flags in ((train.main, '--resume', str(self.root / 'run')),
+                                 (train.main, *SMALL, '--scheme', 'one2one', '--steps', '1', '--ffn', '8', '--init',
+                                  str(path), '--out', str(self.root / f'{i}')),
+                                 (evaluation.main, '--weights', str(path), '--workers', '0')):
+                with self.subTest(i=i, name=name, value=place.get(name, 'deleted'), call=flags[0]), quiet():
+                    try:
+                        call(flags)
+                    except data.UserError as error:
+                        refused += 1
+                        self.assertNotIn('\n', str(error))
+        self.assertGreater(refused, 30)
 
     def test_resume_with_average_and_denoising(self):
         flags = ['--scheme', 'deim', '--steps', '6', '--denoising', '4']
@@ -2741,7 +2828,10 @@ class TestCommands(unittest.TestCase):
         self.refuses('84 tokens, too few', train.main, *run, '--scheme', 'one2one', '--queries', '500')
         for path in (self.root / 'run' / 'metrics.jsonl' / 'x', '/proc/x', '/dev/null'):   # not even root may
             self.refuses('cannot write into', train.main, *SMALL, '--out', str(path))
-        self.refuses("--out '': names no folder", train.main, *SMALL, '--out', '')
+        for name in ('out', 'resume', 'init', 'samples', 'data'):
+            self.refuses(f"--{name} '': is empty", train.main, *SMALL, f'--{name}', '')
+        for flags in (['--save-json', ''], ['--save-json', 'x.pt'], ['--pr-curve', '']):
+            self.refuses(flags[0], evaluation.main, '--weights', str(self.root / 'run' / 'checkpoint.pt'), *flags)
         self.refuses('--nms 1.5', evaluation.main, '--weights', str(self.root / 'run' / 'checkpoint.pt'), '--nms',
                      '1.5')
         self.refuses('--rho', train.main, *run, '--scheme', 'epoch', '--rho', '2')
@@ -2768,7 +2858,7 @@ class TestCommands(unittest.TestCase):
         (root / 'train2017' / '1.png').write_bytes((root / 'train2017' / '1.png').read_bytes()[:300])
         self.refuses('cannot read the image .*1.png', train.main, *run, '--data', str(root), '--batch-size', '3')
         (root / 'train2017' / '2.png').unlink()
-        self.refuses('names the image 2.png', train.main, *run, '--data', str(root))
+        self.refuses("names the image '2.png'", train.main, *run, '--data', str(root))
         (root / 'annotations' / 'instances_train2017.json').unlink()
         self.refuses('annotation file', train.main, *run, '--data', str(root))
 
@@ -2864,6 +2954,32 @@ class TestKilled(unittest.TestCase):
         for entry in ('model', 'trained_model'):
             for name, value in whole[entry].items():
                 self.assertTrue(torch.equal(value, resumed[entry][name]), f'{entry} {name} differs')
+
+    def test_interrupted_by_a_signal(self):
+        out = self.root / 'run'
+        process = self.start(*self.flags, '--out', str(out))
+        started = time.monotonic()
+        while not (out / 'metrics.jsonl').exists():
+            self.assertLess(time.monotonic(), started + 120)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)[0]
+        self.assertEqual(process.returncode, 130, printed)
+        self.assertNotIn('Traceback', printed)
+        step = evaluation.read_checkpoint(str(out / 'checkpoint.pt'))['step']
+        self.assertIn(f'stopped after step {step}: go on with  python train.py --resume {out}', printed)
+
+    def test_two_processes_of_which_one_has_no_boxes(self):
+        """Three images, of which the second has no box, in batches of one: one process or the other goes without."""
+        port, out = str(free_port()), self.root / 'run'
+        flags = [*SMALL, '--data', str(coco_folder(self.root / 'coco')), '--batch-size', '1', '--image-size', '64',
+                 '--scheme', 'group', '--G', '2', '--denoising', '4', '--cls-loss', 'stable', '--steps', '4', '--out']
+        both = [self.start(*flags, str(out), RANK=rank, WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
+                for rank in '01']
+        for process in both:
+            printed = process.communicate(timeout=200)[0]
+            self.assertEqual(process.returncode, 0, printed)
+        records = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+        self.assertEqual([record['step'] for record in records if 'loss' in record], [2, 4])
 
     def test_a_process_that_dies_ends_the_others(self):
         port, out = str(free_port()), self.root / 'run'

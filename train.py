@@ -61,6 +61,10 @@ TINY_ROWS = {'one2one': dict(n=50), 'branch': dict(n=50, T=150, K=6, weight=1.0)
 # What --init-part takes: how the names of its parameters begin.
 PARTS = {'all': '', 'backbone': 'backbone.',
          'encoder': ('backbone.', 'input_proj.', 'level_embed', 'encoder.', 'fusions.')}
+CHOICES = {'selection': ('ranks', 'heads', 'distinct'), 'cls_loss': tuple(CLASS_WEIGHTS), 'f1': tuple(F1),
+           'rescale': ('one', 'max-iou', 'none'), 'cost': ('focal', 'stable'),
+           'fusion': ('none', 'simple', 'ulike', 'dense'), 'schedule': ('step', 'cosine', 'flat-cosine'),
+           'init_part': tuple(PARTS)}
 ROW_NUMBERS = ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G')
 
 # The papers that change no assignment are switches, which go with every scheme; a preset is one2one with the paper's.
@@ -87,28 +91,28 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--rho', type=float, help='epoch: part of training that is one-to-many, 0 to 1')
     group.add_argument('--L1', type=int, help='layer: how many first decoder layers are one-to-many')
     group.add_argument('--G', type=int, help='group: number of groups')
-    group.add_argument('--selection', choices=('ranks', 'heads', 'distinct'),
+    group.add_argument('--selection', choices=CHOICES['selection'],
                        help='which proposals a group gets: the next ranks of one encoder head (H-DETR), the best of a '
                             'head of its own (Group DETR A.2; default of group), or of those the best that no earlier '
                             'group has (H-DETR App. D)')
     group.add_argument('--no-separate-attention', dest='separate_attention', action='store_false',
                        help='let the groups see each other in training (Group DETR Table 7 c)')
     group = parser.add_argument_group('what a match is worth: Stable-DINO and DEIM, with every scheme')
-    group.add_argument('--cls-loss', choices=tuple(CLASS_WEIGHTS), help='classification loss (default focal)')
+    group.add_argument('--cls-loss', choices=CHOICES['cls_loss'], help='classification loss (default focal)')
     group.add_argument('--class-weight', type=float, help='its weight (default: focal 2, stable 6, others 1)')
     group.add_argument('--mal-gamma', type=float, help='mal: exponent (default 1.5)')
-    group.add_argument('--f1', choices=tuple(F1), help='stable: what supervises a score, of IoU s and score p '
+    group.add_argument('--f1', choices=CHOICES['f1'], help='stable: what supervises a score, of IoU s and score p '
                                                        '(Stable-DINO Table 7; default s2, the square)')
-    group.add_argument('--rescale', choices=('one', 'max-iou', 'none'),
+    group.add_argument('--rescale', choices=CHOICES['rescale'],
                        help='stable: what the largest target of an image is scaled to (§2.2; default one)')
     group.add_argument('--official-losses', action='store_true',
                        help="the released codes' weights in vfl, mal and stable loss and alpha in the stable cost, "
                             "instead of the papers' form")
-    group.add_argument('--cost', choices=('focal', 'stable'),
+    group.add_argument('--cost', choices=CHOICES['cost'],
                        help='matching cost; stable: scores count as much as the box is good (Stable-DINO Eq. 4)')
     group.add_argument('--cost-class', type=float, help='weight of its class part (default 2; ce 1)')
     group.add_argument('--f2', type=float, help="stable cost: exponent of the box's quality (default 0.5)")
-    group.add_argument('--fusion', choices=('none', 'simple', 'ulike', 'dense'),
+    group.add_argument('--fusion', choices=CHOICES['fusion'],
                        help='join backbone and encoder features (Stable-DINO §3; default none; with the two encoder '
                             'layers of tiny, ulike is simple)')
     group.add_argument('--denoising', type=int, nargs='?', const=100, metavar='N',
@@ -135,7 +139,7 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--epochs', type=float, help='passes over the training images (default 12 if not tiny)')
     group.add_argument('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
     group.add_argument('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
-    group.add_argument('--schedule', choices=('step', 'cosine', 'flat-cosine'),
+    group.add_argument('--schedule', choices=CHOICES['schedule'],
                        help='x0.1 for the last twelfth; cosine (tiny); or constant, then cosine to one half (DEIM)')
     group.add_argument('--warmup', type=float, help='part of training in which the rate rises (tiny 0.05, else 0)')
     group.add_argument('--weight-decay', type=float, help='of AdamW (default 1e-4)')
@@ -145,7 +149,7 @@ def parse(argv: list[str] | None = None) -> dict:
     group.add_argument('--out', help='folder of the run (default runs/SCHEME, numbered if it is taken)')
     group.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, settings unchanged')
     group.add_argument('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
-    group.add_argument('--init-part', choices=tuple(PARTS), help='take only this from --init (default all)')
+    group.add_argument('--init-part', choices=CHOICES['init_part'], help='take only this from --init (default all)')
     group.add_argument('--fixed-encoder', action='store_true',
                        help='do not train what --init-part backbone or encoder takes (Group DETR Table 1)')
     group.add_argument('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
@@ -207,13 +211,26 @@ def complete(given: dict) -> dict:
         raise UserError('--steps and --epochs: give one of them')
     if 'epochs' in given:
         settings.pop('steps', None)
+    check(settings)
+    if given.get('K', 1) > 1 and settings.get('T') == 0:
+        raise UserError(f'--K {given["K"]} with --T 0: there is no one-to-many group to find {given["K"]} copies')
+    return settings
+
+
+def check(settings: dict) -> None:
+    """Raises UserError for a value that is out of its range, whether it was given or read from a checkpoint."""
+    for name, choices in CHOICES.items():
+        if settings[name] not in choices:
+            raise UserError(f'{flag(name)} {settings[name]}: choose from {", ".join(choices)}')
     for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
                             overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=1,
                             cost_class=0, f2=0, denoising=0, ema=0, unstable=0, accumulate=1).items():
         if not math.inf > settings.get(name, least) >= least:   # so that nan fails, too
             raise UserError(f'{flag(name)} {settings[name]}: must be a number of at least {least}')
-    if settings['seed'] >= 2 ** 31:   # numpy's generator takes 32 bits, and the shapes of `val` have seed 2 * seed + 1
-        raise UserError(f'--seed {settings["seed"]}: must be below 2147483648')
+    # numpy's generator takes 32 bits, and the shapes of `val` have seed 2 * seed + 1; torch's, 64 of seed * steps.
+    for name, most in dict(seed=2 ** 31 - 1, steps=10 ** 9, epochs=10 ** 9, eval_every=10 ** 9).items():
+        if settings.get(name) is not None and settings[name] > most:
+            raise UserError(f'{flag(name)} {settings[name]}: must be at most {most}')
     for name in ('epochs', 'eval_every', 'clip'):
         if settings.get(name) is not None and not settings[name] > 0:
             raise UserError(f'{flag(name)} {settings[name]}: must be above 0')
@@ -222,12 +239,9 @@ def complete(given: dict) -> dict:
             raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
     if settings['schedule'] == 'flat-cosine' and settings['warmup'] > DENSE[1]:
         raise UserError(f'--warmup {settings["warmup"]}: flat-cosine falls from {DENSE[1]:.2f} of training on')
-    layers = (TINY_MODEL if tiny else PAPER_MODEL)['decoder_layers']
+    layers = (TINY_MODEL if settings['model'] == 'tiny' else PAPER_MODEL)['decoder_layers']
     if settings.get('L1', 0) > layers:
         raise UserError(f'--L1 {settings["L1"]}: the decoder has {layers} layers')
-    if given.get('K', 1) > 1 and settings.get('T') == 0:
-        raise UserError(f'--K {given["K"]} with --T 0: there is no one-to-many group to find {given["K"]} copies')
-    return settings
 
 
 def row_of(settings: dict) -> dict:
@@ -285,12 +299,16 @@ def draw_samples(settings: dict, file: str, n: int = 8) -> None:
     evaluation.save_grid([pictures[i:i + 4] for i in range(0, len(pictures), 4)], file)
 
 
-def build_model(settings: dict, num_classes: int) -> HybridDETR:
-    """A new model with its starting weights. Raises UserError if the backbone is unknown or cannot be downloaded."""
+def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridDETR:
+    """A new model with its starting weights, or `bare`, to be filled from a checkpoint.
+
+    Raises UserError if the backbone is unknown or cannot be downloaded."""
     try:
         model = HybridDETR(**architecture(settings, num_classes))
     except ValueError as error:
         raise UserError(f'--model {settings["model"]}: {error}') from None
+    if bare:
+        return model
     given = what_fits(model, settings['init']) if settings['init'] else {}
     if settings['init_part'] != 'all':
         given = {name: value for name, value in given.items() if name.startswith(PARTS[settings['init_part']])}
@@ -375,18 +393,16 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, 
 
 
 def new_folder(settings: dict) -> Path:
-    """The run's folder: --out, or the first of runs/SCHEME, runs/SCHEME-2, ... that holds no checkpoint.
+    """The run's folder: --out, or the first of runs/SCHEME, runs/SCHEME-2, ... that holds no run.
 
     Raises UserError if --out holds one."""
     def free(path: Path) -> bool:
-        return not (path / 'checkpoint.pt').exists()
+        return not any((path / name).exists() for name in ('metrics.jsonl', 'checkpoint.pt'))
 
     if 'out' not in settings:
         base = Path('runs') / settings['scheme']
         return next(path for i in range(1, 10_000) if free(path := base if i == 1 else Path(f'{base}-{i}')))
     out = Path(settings['out'])
-    if not settings['out']:
-        raise UserError("--out '': names no folder")
     if not free(out):
         raise UserError(f'--out {out} holds a run: go on with --resume {out}, or name another folder')
     return out
@@ -411,7 +427,18 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
     folder, checkpoint = Path(resume), evaluation.read_checkpoint(str(Path(resume) / 'checkpoint.pt'))
     if evaluation.is_official(checkpoint):
         raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
-    settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0, **checkpoint['settings']}   # of an older version
+    try:
+        settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0, **checkpoint['settings']}   # of an older version
+        fresh = complete({name: settings[name] for name in ('scheme', 'model', 'data')})
+        for name, default in fresh.items():
+            kind = (int, float) if name == 'epochs' else (type(default), int)
+            if default is not None and name not in ('steps', 'epochs') and not isinstance(settings[name], kind):
+                raise TypeError(f'its settings have the {name} {settings[name]!r}')
+        check(settings)
+        if checkpoint['architecture'] != architecture(settings, len(evaluation.categories_of(checkpoint))):
+            raise ValueError('its settings describe another model')
+    except Exception as error:   # somebody's file: anything may be in it
+        raise damaged(folder, error) from None
     if given.get('ema') is True:   # given without a number
         given['ema'] = EMA[settings['model'] == 'tiny']['decay']
     for name, value in given.items():
@@ -419,6 +446,25 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
             raise UserError(f'{flag(name)} {value}: the run in {folder} has {settings.get(name)}, and a resumed run '
                             'keeps its settings; start a new one with --init instead')
     return settings, folder, checkpoint
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    text = ' '.join(str(error).split())[:200]
+    return UserError(f'{folder / "checkpoint.pt"} is damaged, or of another version: {type(error).__name__} {text}')
+
+
+def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, optimizer: torch.optim.Optimizer) -> int:
+    """Fill in what the checkpoint holds -> its step. Fails with all kinds of exceptions if anything does not fit."""
+    (average or model).load_state_dict(checkpoint['model'])   # what is evaluated
+    if average:
+        model.load_state_dict(checkpoint['trained_model'])
+    optimizer.load_state_dict(checkpoint['optimizer'])
+    for parameter, state in optimizer.state.items():   # a fused optimizer would write beside a smaller tensor
+        if not state['exp_avg'].shape == state['exp_avg_sq'].shape == parameter.shape:
+            raise ValueError('the optimizer has moments of another shape than their parameter')
+    if not isinstance(checkpoint['step'], int) or checkpoint['step'] < 0:
+        raise ValueError(f'it is of step {checkpoint["step"]!r}')
+    return checkpoint['step']
 
 
 def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
@@ -468,6 +514,24 @@ def matching_stats(outputs, matches, labels, iou, sizes, softmax: bool = False) 
     best_unmatched = (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean()
     pairs = (matches.query < sum(sizes)).sum()
     return torch.stack([(iou * final).sum(), of_pairs.sum(), final.sum(), best_unmatched, pairs])
+
+
+# The numbers of a step: the parts of the loss, matching_stats, and the norm of the gradient before it is clipped.
+NUMBERS = ('class', 'l1', 'giou', 'encoder_class', 'encoder_l1', 'encoder_giou', 'iou', 'score', 'matched', 'unmatched',
+           'pairs', 'gradient_norm')
+
+
+def check_finite(recent: list[tuple[int, torch.Tensor, list[str]]], *models: torch.nn.Module) -> None:
+    """recent: step, NUMBERS and names of the images of the last steps. Raises UserError for the first of them with a
+    number that is not finite, or if a weight is not."""
+    finite = torch.stack([row for _, row, _ in recent]).isfinite().tolist() if recent else []
+    for (step, _, images), row in zip(recent, finite):
+        if not all(row):
+            raise UserError(f'step {step}: {NUMBERS[row.index(False)]} is not finite; the images are '
+                            f'{", ".join(images)}. Lower --lr?')
+    for model in models:
+        if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
+            raise UserError(f'step {recent[-1][0]}: a weight is not finite after it. Lower --lr?')
 
 
 INTERRUPTS = []   # one entry for each Ctrl-C
@@ -521,6 +585,9 @@ def loss_of(trained: torch.nn.Module, model: HybridDETR, batch, settings: dict, 
 
 def main(argv: list[str] | None = None) -> None:
     given = parse(argv)
+    for name in ('data', 'out', 'resume', 'init', 'samples'):
+        if given.get(name) == '':   # a variable of the shell that was not set
+            raise UserError(f"--{name} '': is empty")
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device(given.pop('device', 'cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and not torch.cuda.is_available():
@@ -529,7 +596,7 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
         torch.set_float32_matmul_precision('high')   # TF32 in training; eval.py computes in full float32
-    amp = given.pop('amp', evaluation.has_bfloat16(device))
+    amp = given.pop('amp', None)
     if given.pop('compile', False):
         evaluation.compile_attention(device)
     checkpoint_activations = given.pop('checkpoint_activations', False)
@@ -542,9 +609,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f'picture: {samples}')
         return
     check_writable(folder)
-    if checkpoint and checkpoint.get('processes', world) != world:
-        raise UserError(f'the run in {folder} has {checkpoint["processes"]} processes, and a resumed run keeps them '
-                        f'(here {world}): torchrun --nproc_per_node={checkpoint["processes"]} train.py --resume ..')
     torch.manual_seed(settings['seed'])
 
     train_set, val_set = open_data(settings)
@@ -553,20 +617,24 @@ def main(argv: list[str] | None = None) -> None:
         before = checkpoint['categories']['names']
         raise UserError(f'the run in {folder} has {len(before)} classes ({", ".join(before[:4])}..), but the data has '
                         f'{len(train_set.categories)} ({", ".join(categories["names"][:4])}..): start anew with --init')
-    model = HybridDETR(**checkpoint['architecture']) if checkpoint else build_model(settings, len(train_set.categories))
-    model.to(device)
+    # What would change a resumed run without being a setting.
+    amp = (checkpoint or {}).get('amp', evaluation.has_bfloat16(device)) if amp is None else amp
+    run = {'processes': world, 'amp': amp, 'images': [len(train_set), len(val_set)]}
+    for name, value in run.items():
+        if checkpoint and checkpoint.get(name, value) != value:
+            raise UserError(f'the run in {folder} has {name} {checkpoint[name]}, here it is {value}, and a resumed run '
+                            'goes on with the same; start a new one with --init')
+    model = build_model(settings, len(train_set.categories), bool(checkpoint)).to(device)
     if settings['fixed_encoder']:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
-    start = 0
+    average, start = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None, 0
     if checkpoint:
-        model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        start = checkpoint['step']
-    average = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None
-    if checkpoint and average:
-        model.load_state_dict(checkpoint['trained_model'])   # 'model' is what is evaluated, here the average
+        try:
+            start = restore(checkpoint, model, average, optimizer)
+        except Exception as error:
+            raise damaged(folder, error) from None
     detector, trained = average or model, model
     model.checkpoint_activations = checkpoint_activations
     model.backbone.to(memory_format=torch.channels_last)
@@ -590,18 +658,23 @@ def main(argv: list[str] | None = None) -> None:
             print('  this run is at its end: nothing is left to train')
     records = []
     if rank == 0 and checkpoint and metrics_file.exists():
-        # What was logged after the checkpoint happens again, and the last line of a killed run may be torn.
-        lines = [line for line in metrics_file.read_text().splitlines() if line.endswith('}')]
-        records = [record for record in map(json.loads, lines) if record['step'] <= start]
+        # What was logged after the checkpoint happens again.
+        records = [record for record in evaluation.read_metrics(metrics_file) if record['step'] <= start]
         part = metrics_file.with_suffix('.part')
         part.write_text(''.join(json.dumps(record) + '\n' for record in records))
         os.replace(part, metrics_file)
 
     def log(record: dict) -> None:
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            with metrics_file.open('a' if records else 'w') as file:
-                file.write(json.dumps(record) + '\n')
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                # 'x': the first line of a new run; a run that began at the same time may have taken the folder.
+                with metrics_file.open('a' if records or checkpoint else 'x') as file:
+                    file.write(json.dumps(record) + '\n')
+            except FileExistsError:
+                raise UserError(f'{folder} holds another run by now: name another folder with --out') from None
+            except OSError as error:
+                raise UserError(f'cannot write {metrics_file}: {error.strerror}') from None
             records.append(record)
 
     def evaluate(done: int, told: str = '') -> None:
@@ -657,6 +730,7 @@ def main(argv: list[str] | None = None) -> None:
                 try:
                     parts, stats = loss_of(trained, model, batch.to(device), settings, progress, num_boxes, amp)
                 except UserError as error:
+                    check_finite(recent)   # or is it an earlier step that spoiled the weights?
                     raise UserError(f'step {step}: {error}') from None
                 sum(parts.values()).backward()
             numbers = numbers + torch.cat([torch.stack([part.detach() for part in parts.values()]), stats])
@@ -667,20 +741,18 @@ def main(argv: list[str] | None = None) -> None:
             update_average(average, model, step + 1, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
 
         # Kept on the device: reading a number after every step would make the CPU wait for it.
-        recent.append(torch.cat([norm[None], numbers]))
+        recent.append((step, torch.cat([numbers, norm[None]]), [name for batch in batches for name in batch.names]))
         done = step + 1
-        if done % 50 == 0 or done % eval_every == 0 or done == steps:
-            gradient_norm, *values = torch.stack(recent).mean(0).tolist()
-            if not all(map(math.isfinite, (gradient_norm, *values))):   # so are the weights: keep the last checkpoint
-                names = ', '.join(name for batch in batches for name in batch.names)
-                raise UserError(f'step {step}: a loss or gradient was not finite in the last {len(recent)} steps; the '
-                                f'images of this one are {names}. Lower --lr?')
-            (iou_sum, score_sum, count, unmatched, pairs), of_parts = values[-5:], dict(zip(parts, values))
-            record = {'step': done, 'epoch': round(done / steps_per_epoch, 3), 'loss': sum(of_parts.values()),
-                      **of_parts, 'gradient_norm': gradient_norm, 'matched_iou': iou_sum / max(count, 1e-9),
-                      'matched_score': score_sum / max(count, 1e-9),
-                      'best_unmatched_score': unmatched / accumulate, 'positives': pairs / (batch_size * accumulate),
-                      'lr': optimizer.param_groups[0]['lr'],
+        if done % 50 == 0 or done % eval_every == 0 or done == steps or INTERRUPTS:
+            check_finite(recent, model, detector)   # before anything is saved
+            mean = dict(zip(NUMBERS, torch.stack([row for _, row, _ in recent]).mean(0).tolist()))
+            record = {'step': done, 'epoch': round(done / steps_per_epoch, 3),
+                      'loss': sum(mean[name] for name in parts),
+                      **{name: mean[name] for name in (*parts, 'gradient_norm')},
+                      'matched_iou': mean['iou'] / max(mean['matched'], 1e-9),
+                      'matched_score': mean['score'] / max(mean['matched'], 1e-9),
+                      'best_unmatched_score': mean['unmatched'] / accumulate,
+                      'positives': mean['pairs'] / (batch_size * accumulate), 'lr': optimizer.param_groups[0]['lr'],
                       'images_per_second': len(recent) * step_size / (time.perf_counter() - since)}
             log(record)
             bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
@@ -691,7 +763,7 @@ def main(argv: list[str] | None = None) -> None:
             save(checkpoint_file, {
                 'model': detector.state_dict(), 'optimizer': optimizer.state_dict(),
                 **({'trained_model': model.state_dict()} if average else {}),
-                'step': done, 'settings': settings, 'categories': categories, 'processes': world,
+                'step': done, 'settings': settings, 'categories': categories, **run,
                 'architecture': architecture(settings, len(categories['ids']))})
         if INTERRUPTS:
             print(f'\nstopped after step {done}: go on with  python train.py --resume {folder}')
