@@ -359,7 +359,10 @@ class CocoFolder(Dataset):
         self.images = [(i['id'], i['file_name'], i['height'], i['width']) for i in content['images']]
         with os.scandir(self.folder) as entries:   # one look at the folder, where COCO has 118,000 files
             present = {entry.name for entry in entries if entry.is_file()}
-        for _, name, _, _ in self.images:
+        for _, name, height, width in self.images:
+            if max(width, height) > 20 * min(width, height):   # the short side would be resized to nothing
+                raise UserError(f'{file}: the image {name!r} has {width} x {height} pixels: too long and thin to be '
+                                'resized')
             if name not in present and not (self.folder / name).is_file():
                 raise UserError(f'{file} names the image {name!r}, which is not in {self.folder}')
         # One row an annotation: image (as an index), category id, x, y, w, h, area, crowd. Arrays, because lists of
@@ -405,8 +408,6 @@ class CocoFolder(Dataset):
         if (image.height, image.width) != (height, width):
             raise UserError(f'{self.folder / name} has {image.width} x {image.height} pixels, its annotation file says '
                             f'{width} x {height}')
-        if max(width, height) > 20 * min(width, height):   # the short side would be resized to nothing
-            raise UserError(f'{self.folder / name} has {width} x {height} pixels: too long and thin to be resized')
         rows = slice(self.first[index], self.first[index + 1])
         usable = self.usable[rows]
         target = pixel_target(self.corners[rows][usable], self.labels[rows][usable], (height, width))

@@ -56,7 +56,9 @@ def read_checkpoint(path: str) -> dict:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f'{path} is no readable checkpoint: {reason}') from None
     model = content.get('model') if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(x, str) and isinstance(y, Tensor) for x, y in model.items()):
+    if not isinstance(model, dict) or not all(
+            isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided
+            and not x.is_quantized and not x.is_meta for name, x in model.items()):
         raise UserError(f"{path} is no checkpoint of a detector: it has no entry 'model' of names and tensors")
     broken = next((name for name, x in model.items() if not x.isfinite().all()), None)
     if broken:
@@ -71,7 +73,7 @@ def read_metrics(path: Path) -> list[dict]:
         try:
             records.append(json.loads(line))
             records[-1]['step'] + 0
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
                 raise UserError(f'line {number} of {path} is no record of a training step') from None
             return records[:number - 1]
@@ -107,8 +109,10 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
         categories, settings = categories_of(checkpoint), dict(checkpoint['settings'])
         if len(categories) != model.num_classes:
             raise ValueError(f'it has {model.num_classes} classes and the names of {len(categories)}')
-        for name, kind in dict(data=str, image_size=int, batch_size=int, seed=int, overfit=int).items():
-            if not isinstance(settings.get(name, kind()), kind):
+        if not isinstance(settings.get('data', ''), str):
+            raise TypeError(f'its settings have the data {settings["data"]!r}')
+        for name, least in dict(image_size=32, batch_size=1, seed=0, overfit=0).items():
+            if not isinstance(settings.get(name, least), int) or settings.get(name, least) < least:
                 raise TypeError(f'its settings have the {name} {settings[name]!r}')
     except Exception as error:   # entries may be missing, or anything: it is somebody's file
         raise UserError(f'{path} does not fit: {type(error).__name__} {" ".join(str(error).split())[:200]}') from None
@@ -409,6 +413,9 @@ def compare(folders: list[str], picture: str | None = None) -> None:
         if not file.is_file():
             raise UserError(f'{file} does not exist: --compare takes folders of train.py')
         evaluations = [record for record in read_metrics(file) if 'AP' in record]
+        for record in evaluations:
+            if not all(isinstance(record.get(key), (int, float)) for key in ('AP', 'AP50', 'duplicates')):
+                raise UserError(f'{file}: the evaluation of step {record["step"]} lacks a number')
         runs.setdefault(Path(folder).name.rsplit('-', 1)[0], []).append(evaluations)
     lines = {}
     print('| run | seeds | steps | AP | AP50 | duplicates |\n|---|---|---|---|---|---|')
@@ -888,7 +895,8 @@ def run_command(main) -> None:
         sys.exit(f'{Path(sys.argv[0]).name}: {reason} ({str(error).splitlines()[0]})')
     except (UserError, OSError) as error:   # OSError: no right to write, disk full
         # From a worker process the message comes with its traceback around it.
-        sys.exit(f'{Path(sys.argv[0]).name}: {str(error).split("UserError: ")[-1].strip()}')
+        text = str(error).split('UserError: ')[-1]
+        sys.exit(f'{Path(sys.argv[0]).name}: {" ".join(text.split())}')   # one line, whatever a file is called
 
 
 if __name__ == '__main__':

@@ -228,7 +228,8 @@ def check(settings: dict) -> None:
         if not math.inf > settings.get(name, least) >= least:   # so that nan fails, too
             raise UserError(f'{flag(name)} {settings[name]}: must be a number of at least {least}')
     # numpy's generator takes 32 bits, and the shapes of `val` have seed 2 * seed + 1; torch's, 64 of seed * steps.
-    for name, most in dict(seed=2 ** 31 - 1, steps=10 ** 9, epochs=10 ** 9, eval_every=10 ** 9).items():
+    for name, most in dict(seed=2 ** 31 - 1, steps=10 ** 9, epochs=10 ** 9, eval_every=10 ** 9,
+                            accumulate=10 ** 6).items():
         if settings.get(name) is not None and settings[name] > most:
             raise UserError(f'{flag(name)} {settings[name]}: must be at most {most}')
     for name in ('epochs', 'eval_every', 'clip'):
@@ -404,7 +405,8 @@ def new_folder(settings: dict) -> Path:
         return next(path for i in range(1, 10_000) if free(path := base if i == 1 else Path(f'{base}-{i}')))
     out = Path(settings['out'])
     if not free(out):
-        raise UserError(f'--out {out} holds a run: go on with --resume {out}, or name another folder')
+        how = f'go on with --resume {out}' if (out / 'checkpoint.pt').exists() else 'which has no checkpoint: delete it'
+        raise UserError(f'--out {out} holds a run: {how}, or name another folder')
     return out
 
 
@@ -431,11 +433,16 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
         settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0, **checkpoint['settings']}   # of an older version
         fresh = complete({name: settings[name] for name in ('scheme', 'model', 'data')})
         for name, default in fresh.items():
-            kind = (int, float) if name == 'epochs' else (type(default), int)
-            if default is not None and name not in ('steps', 'epochs') and not isinstance(settings[name], kind):
+            right = name in ('steps', 'epochs') or default is None or isinstance(settings[name], (type(default), int))
+            if not right:
                 raise TypeError(f'its settings have the {name} {settings[name]!r}')
+        kinds = (settings, 'steps', int), (checkpoint, 'processes', int), (checkpoint, 'amp', bool)
+        for entries, name, kind in kinds:
+            if not isinstance(entries.get(name, kind()), kind):
+                raise TypeError(f'it has the {name} {entries[name]!r}')
         check(settings)
-        if checkpoint['architecture'] != architecture(settings, len(evaluation.categories_of(checkpoint))):
+        ours = architecture(settings, len(evaluation.categories_of(checkpoint)))
+        if any(ours.get(name) != value for name, value in checkpoint['architecture'].items()):
             raise ValueError('its settings describe another model')
     except Exception as error:   # somebody's file: anything may be in it
         raise damaged(folder, error) from None
@@ -458,10 +465,20 @@ def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, opt
     (average or model).load_state_dict(checkpoint['model'])   # what is evaluated
     if average:
         model.load_state_dict(checkpoint['trained_model'])
-    optimizer.load_state_dict(checkpoint['optimizer'])
-    for parameter, state in optimizer.state.items():   # a fused optimizer would write beside a smaller tensor
-        if not state['exp_avg'].shape == state['exp_avg_sq'].shape == parameter.shape:
-            raise ValueError('the optimizer has moments of another shape than their parameter')
+    # Of the optimizer only the moments: the rest follows from the settings.
+    saved, groups = checkpoint['optimizer'], optimizer.state_dict()['param_groups']
+    if [group['params'] for group in saved['param_groups']] != [group['params'] for group in groups]:
+        raise ValueError('its optimizer has other parameters')
+    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group['params']):
+        state = optimizer.state[parameter]
+        for moment in (state['exp_avg'], state['exp_avg_sq']):   # the fused optimizer writes without asking
+            if not (moment.shape == parameter.shape and moment.dtype == parameter.dtype
+                    and moment.layout == torch.strided
+                    and moment.untyped_storage().nbytes() >= parameter.numel() * parameter.element_size()):
+                raise ValueError('its optimizer has moments that do not fit their parameter')
+        if state['step'].numel() != 1:
+            raise ValueError('its optimizer counts steps in another way')
     if not isinstance(checkpoint['step'], int) or checkpoint['step'] < 0:
         raise ValueError(f'it is of step {checkpoint["step"]!r}')
     return checkpoint['step']
@@ -531,7 +548,9 @@ def check_finite(recent: list[tuple[int, torch.Tensor, list[str]]], *models: tor
                             f'{", ".join(images)}. Lower --lr?')
     for model in models:
         if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
-            raise UserError(f'step {recent[-1][0]}: a weight is not finite after it. Lower --lr?')
+            step, _, images = recent[-1]
+            raise UserError(f'step {step}: a weight is not finite after it; the images are {", ".join(images)}. Lower '
+                            '--lr?')
 
 
 INTERRUPTS = []   # one entry for each Ctrl-C
@@ -619,7 +638,7 @@ def main(argv: list[str] | None = None) -> None:
                         f'{len(train_set.categories)} ({", ".join(categories["names"][:4])}..): start anew with --init')
     # What would change a resumed run without being a setting.
     amp = (checkpoint or {}).get('amp', evaluation.has_bfloat16(device)) if amp is None else amp
-    run = {'processes': world, 'amp': amp, 'images': [len(train_set), len(val_set)]}
+    run = {'processes': world, 'amp': amp, 'images': len(train_set)}
     for name, value in run.items():
         if checkpoint and checkpoint.get(name, value) != value:
             raise UserError(f'the run in {folder} has {name} {checkpoint[name]}, here it is {value}, and a resumed run '
@@ -730,7 +749,7 @@ def main(argv: list[str] | None = None) -> None:
                 try:
                     parts, stats = loss_of(trained, model, batch.to(device), settings, progress, num_boxes, amp)
                 except UserError as error:
-                    check_finite(recent)   # or is it an earlier step that spoiled the weights?
+                    check_finite(recent, *[model] * len(recent[:1]))   # or has an earlier step spoiled the weights?
                     raise UserError(f'step {step}: {error}') from None
                 sum(parts.values()).backward()
             numbers = numbers + torch.cat([torch.stack([part.detach() for part in parts.values()]), stats])
