@@ -114,6 +114,8 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
         for name, least in dict(image_size=32, batch_size=1, seed=0, overfit=0).items():
             if not isinstance(settings.get(name, least), int) or settings.get(name, least) < least:
                 raise TypeError(f'its settings have the {name} {settings[name]!r}')
+        if settings.get('seed', 0) >= 2 ** 31:
+            raise ValueError(f'its settings have the seed {settings["seed"]}')
     except Exception as error:   # entries may be missing, or anything: it is somebody's file
         raise UserError(f'{path} does not fit: {type(error).__name__} {" ".join(str(error).split())[:200]}') from None
     return model.eval(), categories, settings

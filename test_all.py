@@ -2675,6 +2675,13 @@ class TestCommands(unittest.TestCase):
         broken['optimizer']['state'][3]['exp_avg'] = torch.zeros(1).expand(moment.shape)
         torch.save(broken, path)
         self.refuses('moments that do not fit', train.main, '--resume', str(self.root / 'run'))
+        for name, value in (('steps', None), ('data', 3), ('seed', 2 ** 40)):
+            broken = copy.deepcopy(content)
+            broken['settings'][name] = value
+            if value is None:
+                del broken['settings'][name]
+            torch.save(broken, path)
+            self.refuses('is damaged', train.main, '--resume', str(self.root / 'run'))
         # The rest of the optimizer follows from the settings.
         content['optimizer']['param_groups'][0].update(lr='x', weight_decay=5, betas=None)
         torch.save(content, path)

@@ -405,7 +405,7 @@ def new_folder(settings: dict) -> Path:
         return next(path for i in range(1, 10_000) if free(path := base if i == 1 else Path(f'{base}-{i}')))
     out = Path(settings['out'])
     if not free(out):
-        how = f'go on with --resume {out}' if (out / 'checkpoint.pt').exists() else 'which has no checkpoint: delete it'
+        how = f'go on with --resume {out}' if (out / 'checkpoint.pt').exists() else 'without a checkpoint: delete it'
         raise UserError(f'--out {out} holds a run: {how}, or name another folder')
     return out
 
@@ -436,10 +436,13 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
             right = name in ('steps', 'epochs') or default is None or isinstance(settings[name], (type(default), int))
             if not right:
                 raise TypeError(f'its settings have the {name} {settings[name]!r}')
-        kinds = (settings, 'steps', int), (checkpoint, 'processes', int), (checkpoint, 'amp', bool)
+        kinds = ((settings, 'steps', int), (settings, 'data', str), (checkpoint, 'processes', int),
+                 (checkpoint, 'images', int), (checkpoint, 'amp', bool))
         for entries, name, kind in kinds:
             if not isinstance(entries.get(name, kind()), kind):
                 raise TypeError(f'it has the {name} {entries[name]!r}')
+        if 'steps' not in settings and not isinstance(settings['epochs'], (int, float)):
+            raise TypeError(f'it has the epochs {settings["epochs"]!r}')
         check(settings)
         ours = architecture(settings, len(evaluation.categories_of(checkpoint)))
         if any(ours.get(name) != value for name, value in checkpoint['architecture'].items()):
@@ -475,9 +478,10 @@ def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, opt
         for moment in (state['exp_avg'], state['exp_avg_sq']):   # the fused optimizer writes without asking
             if not (moment.shape == parameter.shape and moment.dtype == parameter.dtype
                     and moment.layout == torch.strided
-                    and moment.untyped_storage().nbytes() >= parameter.numel() * parameter.element_size()):
+                    and moment.untyped_storage().nbytes() // moment.element_size()
+                    >= moment.storage_offset() + moment.numel()):
                 raise ValueError('its optimizer has moments that do not fit their parameter')
-        if state['step'].numel() != 1:
+        if state['step'].numel() != 1 or state['step'].layout != torch.strided:
             raise ValueError('its optimizer counts steps in another way')
     if not isinstance(checkpoint['step'], int) or checkpoint['step'] < 0:
         raise ValueError(f'it is of step {checkpoint["step"]!r}')
