@@ -1,8 +1,9 @@
 """Train a detector with any matching scheme:  python train.py --scheme group
 
 One loop, in the order things happen: learning rate, batch, forward, match, loss, backward, clip, step, log; now and
-then evaluate and save. On CUDA if there is one, else on the CPU. Under `torchrun --nproc_per_node=W` the same code runs
-W times, each process with --batch-size images of its own.
+then save and evaluate. It is `train`, near the end, and a step is `loss_of`: read these two first, the settings later.
+On CUDA if there is one, else on the CPU. Under `torchrun --nproc_per_node=W` the same code runs W times, each process
+with --batch-size images of its own.
 
 Letters as in the other files: B images, L decoder layers, N queries, K copies, G groups, P matched pairs.
 """
@@ -19,6 +20,7 @@ import time
 from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -488,6 +490,50 @@ def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, opt
     return checkpoint['step']
 
 
+class Machine(NamedTuple):
+    """Where and how a run computes: what is no setting of the training."""
+    device: torch.device
+    amp: bool | None   # None: as `run_facts` decides
+    workers: int
+    checkpoint_activations: bool
+    rank: int
+    world: int
+
+
+def run_facts(checkpoint: dict | None, folder: Path, categories: dict, machine: Machine, images: int) -> dict:
+    """What is no setting but would change a resumed run. Raises UserError if it is not as it was."""
+    if checkpoint and checkpoint['categories'] != categories:
+        before, now = checkpoint['categories']['names'], categories['names']
+        raise UserError(f'the run in {folder} has {len(before)} classes ({", ".join(before[:4])}..), but the data has '
+                        f'{len(now)} ({", ".join(now[:4])}..): start anew with --init')
+    amp = machine.amp
+    if amp is None:
+        amp = (checkpoint or {}).get('amp', evaluation.has_bfloat16(machine.device))
+    facts = {'processes': machine.world, 'amp': amp, 'images': images}
+    for name, value in facts.items():
+        if checkpoint and checkpoint.get(name, value) != value:
+            raise UserError(f'the run in {folder} has {name} {checkpoint[name]}, here it is {value}, and a resumed run '
+                            'goes on with the same; start a new one with --init')
+    return facts
+
+
+def model_and_optimizer(settings: dict, folder: Path, checkpoint: dict | None, num_classes: int, device: torch.device):
+    """-> model, its moving average or None, optimizer, and the step to begin with; new, or as in `checkpoint`."""
+    model = build_model(settings, num_classes, bool(checkpoint)).to(device)
+    if settings['fixed_encoder']:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
+    average, start = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None, 0
+    if checkpoint:
+        try:
+            start = restore(checkpoint, model, average, optimizer)
+        except Exception as error:   # somebody's file: anything may be in it
+            raise damaged(folder, error) from None
+    model.backbone.to(memory_format=torch.channels_last)
+    return model, average, optimizer, start
+
+
 def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
     """Print the scheme's row of the table, what it promises, and what a preset sets."""
     row = row_of(settings)
@@ -507,18 +553,42 @@ def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
           + ', denoising queries not counted' * (settings['denoising'] > 0))
 
 
-def save(path: Path, content: dict) -> None:
-    """Write beside, then rename: whoever reads `path` finds the old file or the new one, never half of one.
+# --- A step ---------------------------------------------------------------------------------------------------------
 
-    Raises UserError, and leaves the old file, if it cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.part')
+def loss_of(trained: torch.nn.Module, model: HybridDETR, batch, settings: dict, progress: float, num_boxes,
+            amp: bool = False, tick=lambda stage: None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Forward, matching and loss of a batch -> the weighted parts of the loss, and `matching_stats`.
+
+    trained: the model, or what DistributedDataParallel made of it; tick is called with the name of every stage that is
+    over. Raises UserError that names the images if the predictions are not finite.
+    """
+    layers, heads = len(model.decoder), len(model.encoder_class_heads)
+    # All groups of the row at once; at inference only the first exists.
+    groups, noised = query_groups(layers=layers, progress=progress, **row_of(settings)), None
+    if settings['denoising']:
+        noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
+        groups.append(noised.query_group(layers))
     try:
-        torch.save(content, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:   # torch says RuntimeError when the disk is full
-        part.unlink(missing_ok=True)
-        raise UserError(f'cannot write {path}, the last checkpoint is kept: {error}') from None
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
+            outputs = trained(batch.images, batch.padding_mask, noised=noised)
+    except ValueError as error:
+        raise UserError(f'{batch.names[0]}: {error}') from None
+    outputs = Outputs(*(x.float() for x in outputs))   # a bfloat16 box is good to 1/256 of the image
+    tick('forward')
+    proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
+    try:
+        matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals,
+                                         evaluation.cost_of(settings))
+    except FloatingPointError as error:
+        raise UserError(f'{error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
+    tick('matching')
+    parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
+                           num_boxes, loss_settings(settings))
+    if settings['cls_loss'] == 'ce':   # a mean over its own batch, whatever num_boxes says
+        parts['class'] = parts['class'] / settings['accumulate']
+    stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups, model.softmax)
+    tick('loss')
+    return parts, stats
 
 
 def matching_stats(outputs, matches, labels, iou, sizes, softmax: bool = False) -> torch.Tensor:
@@ -557,6 +627,59 @@ def check_finite(recent: list[tuple[int, torch.Tensor, list[str]]], *models: tor
                             '--lr?')
 
 
+# --- What a run writes ----------------------------------------------------------------------------------------------
+
+def summary(recent: list[tuple[int, torch.Tensor, list[str]]], batch_size: int, accumulate: int) -> dict:
+    """What is logged of the last steps: the means of their numbers, `recent` as in `check_finite`."""
+    mean = dict(zip(NUMBERS, torch.stack([row for _, row, _ in recent]).mean(0).tolist()))
+    parts = {name: mean[name] for name in NUMBERS[:6]}
+    return {'loss': sum(parts.values()), **parts, 'gradient_norm': mean['gradient_norm'],
+            'matched_iou': mean['iou'] / max(mean['matched'], 1e-9),
+            'matched_score': mean['score'] / max(mean['matched'], 1e-9),
+            'best_unmatched_score': mean['unmatched'] / accumulate,
+            'positives': mean['pairs'] / (batch_size * accumulate)}
+
+
+class Journal:
+    """metrics.jsonl of a run: a line for the last steps and one for every evaluation. Only the first process writes."""
+
+    def __init__(self, file: Path, resumed_at: int | None):
+        self.file, self.mode, self.records = file, 'x' if resumed_at is None else 'a', []
+        if resumed_at is not None and file.exists():
+            # What was logged after the checkpoint happens again.
+            self.records = [record for record in evaluation.read_metrics(file) if record['step'] <= resumed_at]
+            part = file.with_suffix('.part')
+            part.write_text(''.join(json.dumps(record) + '\n' for record in self.records))
+            os.replace(part, file)
+
+    def write(self, record: dict) -> None:
+        """Raises UserError if it cannot be written, or if another run has begun in the same folder meanwhile."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open(self.mode) as file:   # 'x': the first line of a new run makes the file
+                file.write(json.dumps(record) + '\n')
+        except FileExistsError:
+            raise UserError(f'{self.file.parent} holds another run by now: name another folder with --out') from None
+        except OSError as error:
+            raise UserError(f'cannot write {self.file}: {error.strerror}') from None
+        self.mode = 'a'
+        self.records.append(record)
+
+
+def save(path: Path, content: dict) -> None:
+    """Write beside, then rename: whoever reads `path` finds the old file or the new one, never half of one.
+
+    Raises UserError, and leaves the old file, if it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.part')
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:   # torch says RuntimeError when the disk is full
+        part.unlink(missing_ok=True)
+        raise UserError(f'cannot write {path}, the last checkpoint is kept: {error}') from None
+
+
 INTERRUPTS = []   # one entry for each Ctrl-C
 
 
@@ -570,97 +693,17 @@ def note_interrupt(*_) -> None:
 
 # --- The loop -------------------------------------------------------------------------------------------------------
 
-def loss_of(trained: torch.nn.Module, model: HybridDETR, batch, settings: dict, progress: float, num_boxes,
-            amp: bool = False, tick=lambda stage: None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Forward, matching and loss of a batch -> the weighted parts of the loss, and `matching_stats`.
-
-    trained: the model, or what DistributedDataParallel made of it; tick is called with the name of every stage that is
-    over. Raises UserError that names the images if the predictions are not finite.
-    """
-    layers, heads = len(model.decoder), len(model.encoder_class_heads)
-    # All groups of the row at once; at inference only the first exists.
-    groups, noised = query_groups(layers=layers, progress=progress, **row_of(settings)), None
-    if settings['denoising']:
-        noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
-        groups.append(noised.query_group(layers))
-    try:
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
-            outputs = trained(batch.images, batch.padding_mask, noised=noised)
-    except ValueError as error:
-        raise UserError(f'{batch.names[0]}: {error}') from None
-    outputs = Outputs(*(x.float() for x in outputs))   # a bfloat16 box is good to 1/256 of the image
-    tick('forward')
-    proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
-    try:
-        matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals,
-                                         evaluation.cost_of(settings))
-    except FloatingPointError as error:
-        raise UserError(f'{error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
-    tick('matching')
-    parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
-                           num_boxes, loss_settings(settings))
-    if settings['cls_loss'] == 'ce':   # a mean over its own batch, whatever num_boxes says
-        parts['class'] = parts['class'] / settings['accumulate']
-    stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups, model.softmax)
-    tick('loss')
-    return parts, stats
-
-
-def main(argv: list[str] | None = None) -> None:
-    given = parse(argv)
-    for name in ('data', 'out', 'resume', 'init', 'samples'):
-        if given.get(name) == '':   # a variable of the shell that was not set
-            raise UserError(f"--{name} '': is empty")
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = torch.device(given.pop('device', 'cuda' if torch.cuda.is_available() else 'cpu'))
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda: torch finds no CUDA device here')
-    if device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-        torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
-        torch.set_float32_matmul_precision('high')   # TF32 in training; eval.py computes in full float32
-    amp = given.pop('amp', None)
-    if given.pop('compile', False):
-        evaluation.compile_attention(device)
-    checkpoint_activations = given.pop('checkpoint_activations', False)
-    workers, samples = given.pop('workers', 2), given.pop('samples', None)
-    if workers < 0:
-        raise UserError(f'--workers {workers}: must be at least 0')
-    settings, folder, checkpoint = new_or_resumed(given)
-    if samples:
-        draw_samples(settings, samples)
-        print(f'picture: {samples}')
-        return
-    check_writable(folder)
+def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machine) -> None:
+    """Train, evaluate and save, from the first step, or from where `checkpoint` stopped, to the last."""
+    device, rank, world = machine.device, machine.rank, machine.world
     torch.manual_seed(settings['seed'])
-
     train_set, val_set = open_data(settings)
     categories = {'ids': train_set.categories.ids, 'names': train_set.categories.names}
-    if checkpoint and checkpoint['categories'] != categories:
-        before = checkpoint['categories']['names']
-        raise UserError(f'the run in {folder} has {len(before)} classes ({", ".join(before[:4])}..), but the data has '
-                        f'{len(train_set.categories)} ({", ".join(categories["names"][:4])}..): start anew with --init')
-    # What would change a resumed run without being a setting.
-    amp = (checkpoint or {}).get('amp', evaluation.has_bfloat16(device)) if amp is None else amp
-    run = {'processes': world, 'amp': amp, 'images': len(train_set)}
-    for name, value in run.items():
-        if checkpoint and checkpoint.get(name, value) != value:
-            raise UserError(f'the run in {folder} has {name} {checkpoint[name]}, here it is {value}, and a resumed run '
-                            'goes on with the same; start a new one with --init')
-    model = build_model(settings, len(train_set.categories), bool(checkpoint)).to(device)
-    if settings['fixed_encoder']:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
-    average, start = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None, 0
-    if checkpoint:
-        try:
-            start = restore(checkpoint, model, average, optimizer)
-        except Exception as error:
-            raise damaged(folder, error) from None
-    detector, trained = average or model, model
-    model.checkpoint_activations = checkpoint_activations
-    model.backbone.to(memory_format=torch.channels_last)
+    facts = run_facts(checkpoint, folder, categories, machine, len(train_set))
+    amp = facts['amp']
+    model, average, optimizer, start = model_and_optimizer(settings, folder, checkpoint, len(categories['ids']), device)
+    detector, trained = average or model, model   # what is evaluated; what computes the gradients
+    model.checkpoint_activations = machine.checkpoint_activations
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         trained = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
@@ -672,66 +715,46 @@ def main(argv: list[str] | None = None) -> None:
     eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
     # Once an epoch, but not all the time if an epoch is a few steps; always where the numbers are looked at, too.
     save_every = 50 * math.ceil(steps_per_epoch / 50)
-    metrics_file, checkpoint_file = folder / 'metrics.jsonl', folder / 'checkpoint.pt'
     if rank == 0:
         print(f'{folder}: steps {start} to {steps} of {step_size} images on {device}{" in bfloat16" * amp}, '
               f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
         describe_scheme(settings, len(model.decoder), epochs=steps / steps_per_epoch)
         if start >= steps:
             print('  this run is at its end: nothing is left to train')
-    records = []
-    if rank == 0 and checkpoint and metrics_file.exists():
-        # What was logged after the checkpoint happens again.
-        records = [record for record in evaluation.read_metrics(metrics_file) if record['step'] <= start]
-        part = metrics_file.with_suffix('.part')
-        part.write_text(''.join(json.dumps(record) + '\n' for record in records))
-        os.replace(part, metrics_file)
-
-    def log(record: dict) -> None:
-        if rank == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                # 'x': the first line of a new run; a run that began at the same time may have taken the folder.
-                with metrics_file.open('a' if records or checkpoint else 'x') as file:
-                    file.write(json.dumps(record) + '\n')
-            except FileExistsError:
-                raise UserError(f'{folder} holds another run by now: name another folder with --out') from None
-            except OSError as error:
-                raise UserError(f'cannot write {metrics_file}: {error.strerror}') from None
-            records.append(record)
+        journal = Journal(folder / 'metrics.jsonl', start if checkpoint else None)
 
     def evaluate(done: int, told: str = '') -> None:
         if world > 1:   # batch norm counted for itself in each process in the last step: all evaluate what is saved
             for buffer in detector.buffers():
                 dist.broadcast(buffer, 0)
-        rows = evaluation.detect(detector, val_set, categories['ids'], batch_size=batch_size, workers=workers)
+        rows = evaluation.detect(detector, val_set, categories['ids'], batch_size=batch_size, workers=machine.workers)
         if rank == 0:
             metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
             metrics['duplicates'] = evaluation.duplicate_rate(rows)
             if settings['unstable']:
                 metrics['unstable'] = evaluation.unstable_score(detector, val_set, categories['ids'],
-                                                                 settings['unstable'], evaluation.cost_of(settings))
-            log({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
+                                                                settings['unstable'], evaluation.cost_of(settings))
+            journal.write({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
             told += f', last unstable score {metrics["unstable"][-1]:.0f} %' if metrics.get('unstable') else ''
             tqdm.write('step {}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates{}'
                        .format(done, told, **metrics))
 
     due = start > 0 and (start % eval_every == 0 or start == steps)
-    missed = [due and not any(record['step'] == start and 'AP' in record for record in records)]
+    missed = [rank == 0 and due and not any(r['step'] == start and 'AP' in r for r in journal.records)]
     if world > 1:
         dist.broadcast_object_list(missed, 0)   # only the first process reads the file
     if missed[0]:
         evaluate(start)   # the run was stopped after this checkpoint, before its evaluation
 
     dense = DENSE if isinstance(train_set, DenseOneToOne) else None
-    loader = iter(train_loader(train_set, batch_size, steps * accumulate, workers, settings['seed'],
+    loader = iter(train_loader(train_set, batch_size, steps * accumulate, machine.workers, settings['seed'],
                                start * accumulate, rank, world, pin=device.type == 'cuda', dense=dense))
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 30)
     recent, since = [], time.perf_counter()
     model.train()
     for step in bar:
-        progress = step / steps
+        progress, done = step / steps, step + 1
         # Everything that changes with time follows from `step` alone: learning rate, order of the images, dropout.
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
@@ -761,37 +784,32 @@ def main(argv: list[str] | None = None) -> None:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
         if average:
-            update_average(average, model, step + 1, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
+            update_average(average, model, done, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
 
         # Kept on the device: reading a number after every step would make the CPU wait for it.
         recent.append((step, torch.cat([numbers, norm[None]]), [name for batch in batches for name in batch.names]))
-        done = step + 1
-        if done % 50 == 0 or done % eval_every == 0 or done == steps or INTERRUPTS:
+        now_evaluate = done % eval_every == 0 or done == steps
+        if done % 50 == 0 or now_evaluate or INTERRUPTS:
             check_finite(recent, model, detector)   # before anything is saved
-            mean = dict(zip(NUMBERS, torch.stack([row for _, row, _ in recent]).mean(0).tolist()))
             record = {'step': done, 'epoch': round(done / steps_per_epoch, 3),
-                      'loss': sum(mean[name] for name in parts),
-                      **{name: mean[name] for name in (*parts, 'gradient_norm')},
-                      'matched_iou': mean['iou'] / max(mean['matched'], 1e-9),
-                      'matched_score': mean['score'] / max(mean['matched'], 1e-9),
-                      'best_unmatched_score': mean['unmatched'] / accumulate,
-                      'positives': mean['pairs'] / (batch_size * accumulate), 'lr': optimizer.param_groups[0]['lr'],
+                      **summary(recent, batch_size, accumulate), 'lr': optimizer.param_groups[0]['lr'],
                       'images_per_second': len(recent) * step_size / (time.perf_counter() - since)}
-            log(record)
+            if rank == 0:
+                journal.write(record)
             bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
                                 '{images_per_second:.0f} images/s'.format(**record))
             recent, since = [], time.perf_counter()
         # Before the evaluation: whatever goes wrong there, the training is kept.
-        if rank == 0 and (done % save_every == 0 or done % eval_every == 0 or done == steps or INTERRUPTS):
-            save(checkpoint_file, {
+        if rank == 0 and (done % save_every == 0 or now_evaluate or INTERRUPTS):
+            save(folder / 'checkpoint.pt', {
                 'model': detector.state_dict(), 'optimizer': optimizer.state_dict(),
                 **({'trained_model': model.state_dict()} if average else {}),
-                'step': done, 'settings': settings, 'categories': categories, **run,
+                'step': done, 'settings': settings, 'categories': categories, **facts,
                 'architecture': architecture(settings, len(categories['ids']))})
         if INTERRUPTS:
             print(f'\nstopped after step {done}: go on with  python train.py --resume {folder}')
             sys.exit(130)
-        if done % eval_every == 0 or done == steps:
+        if now_evaluate:
             evaluate(done, '; in training matched IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched '
                            '{best_unmatched_score:.2f}'.format(**record))
             since = time.perf_counter()
@@ -799,10 +817,39 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         picture = folder / 'predictions.png'
         evaluation.draw_predictions(detector, val_set, categories['ids'], picture)
-        print(f'checkpoint: {checkpoint_file}\npicture:    {picture}\n'
-              f'look:       python eval.py --weights {checkpoint_file} --pictures 8')
+        print(f'checkpoint: {folder / "checkpoint.pt"}\npicture:    {picture}\n'
+              f'look:       python eval.py --weights {folder / "checkpoint.pt"} --pictures 8')
     if world > 1:
         dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = parse(argv)
+    for name in ('data', 'out', 'resume', 'init', 'samples'):
+        if given.get(name) == '':   # a variable of the shell that was not set
+            raise UserError(f"--{name} '': is empty")
+    device = torch.device(given.pop('device', 'cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: torch finds no CUDA device here')
+    if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
+        torch.set_float32_matmul_precision('high')   # TF32 in training; eval.py computes in full float32
+    if given.pop('compile', False):
+        evaluation.compile_attention(device)
+    machine = Machine(device, given.pop('amp', None), given.pop('workers', 2),
+                      given.pop('checkpoint_activations', False), int(os.environ.get('RANK', 0)),
+                      int(os.environ.get('WORLD_SIZE', 1)))
+    if machine.workers < 0:
+        raise UserError(f'--workers {machine.workers}: must be at least 0')
+    samples = given.pop('samples', None)
+    settings, folder, checkpoint = new_or_resumed(given)
+    if samples:
+        draw_samples(settings, samples)
+        print(f'picture: {samples}')
+        return
+    check_writable(folder)
+    train(settings, folder, checkpoint, machine)
 
 
 if __name__ == '__main__':
