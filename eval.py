@@ -4,6 +4,7 @@
     python eval.py --weights runs/group/checkpoint.pt --pictures 8             ground truth beside predictions
     python eval.py --weights runs/group/checkpoint.pt --pr-curve pr.png        precision over recall
     python eval.py --weights runs/group/checkpoint.pt --unstable 20            does the matching change between layers?
+    python eval.py --weights runs/group/checkpoint.pt --matches matches.png    who answers for whom, in every scheme
     python eval.py --weights official.pth --data COCO                          a checkpoint of HDETR/H-Deformable-DETR
     python eval.py --benchmark                                                 time and memory of all schemes
 
@@ -33,11 +34,11 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import hybrid_detr
-from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages, UserError, open_dataset, train_loader,
-                  val_loader)
+from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages, UserError, collate, open_dataset,
+                  train_loader, val_loader)
 from hybrid_detr import HybridDETR, Outputs, from_official
 from losses import criterion
-from matchers import Cost, class_scores, denoising_queries, encoder_groups, match, query_groups
+from matchers import Cost, assign, class_scores, denoising_queries, encoder_groups, match, matching_cost, query_groups
 
 METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
            'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large')
@@ -360,6 +361,63 @@ def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: 
     save_grid(rows, path)
 
 
+@torch.inference_mode()
+def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str, index: int,
+                 cost: Cost = Cost()) -> None:
+    """Save a PNG of one image, again and again: whom each scheme makes answer for whom, given the same predictions.
+
+    The row of N queries, the first group of the model in its last layer, is cut as each scheme would cut it, with three
+    copies where copies are. A line leads from the centre of a query's box to the ground truth that it has to find, in
+    the colour of its group. Raises UserError for an image without objects, or for fewer than 4 queries.
+    """
+    sample, device, was_training = dataset[0, index], next(model.parameters()).device, model.training
+    batch = collate([sample]).to(device)
+    model.eval()
+    outputs = model(batch.images, batch.padding_mask, 0)
+    model.train(was_training)
+    N, M = outputs.pred_boxes.shape[2], len(sample.boxes)
+    if not M or N < 4:
+        raise UserError(f'--matches: {sample.name} has {M} objects, the model {N} queries; it takes one and four')
+    columns = torch.tensor([ids.index(dataset.categories.ids[label]) for label in sample.labels.tolist()])
+    costs = [matching_cost(outputs.pred_logits[-1:, 0], outputs.pred_boxes[-1:, 0], columns.to(device),
+                           batch.gt_boxes[0], cost).cpu()]
+    q, found = N // 4, outputs.pred_boxes[-1, 0].cpu()
+    panels = {f'one2one: {N} queries': dict(scheme='one2one', n=N),
+              f'one2many (also epoch at first, and the first layers of layer): {N} queries, K = 3':
+              dict(scheme='one2many', n=N, K=3),
+              f'branch: {q} queries | T = {N - q} queries, K = 3': dict(scheme='branch', n=q, T=N - q, K=3),
+              f'group: G = 4 groups of {q} queries': dict(scheme='group', n=q, G=4)}
+    photograph, pictures = dataset.load(index)[0].convert('L').convert('RGB'), []   # grey, so that the colours tell
+    photograph = photograph.resize([round(side * 1200 / max(photograph.size)) for side in photograph.size])
+    (width, height), font = photograph.size, ImageFont.load_default(size=30)
+    for title, row in panels.items():
+        groups = query_groups(layers=1, **row)
+        picture = Image.new('RGB', (width, height + 50), 'white')
+        picture.paste(photograph, (0, 50))
+        pen = ImageDraw.Draw(picture)
+        pen.text((0, 22), title, 'black', font, anchor='lm')
+
+        def box(cxcywh, colour, thick):
+            x0, y0, x1, y1 = (box_convert(cxcywh, 'cxcywh', 'xyxy').clamp(0, 1) *
+                              torch.tensor([width - 1, height - 1] * 2)).tolist()
+            pen.rectangle((x0, y0 + 50, x1, y1 + 50), outline=colour, width=thick)
+            return (x0 + x1) / 2, (y0 + y1) / 2 + 50
+
+        for truth in sample.boxes:
+            box(truth, 'white', 12)
+            box(truth, 'black', 6)
+        group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
+        matches = assign(costs, groups)
+        for query, gt in zip(matches.query.tolist(), matches.gt.tolist()):
+            colour = COLOURS[group_of[query]]
+            ends = box(found[query], colour, 3), box(sample.boxes[gt], None, 1)
+            pen.line(ends, 'white', 9)
+            pen.line(ends, colour, 5)
+            pen.ellipse([ends[0][i] + d for d in (-11, 11) for i in (0, 1)], colour, 'white', 3)
+        pictures.append(v2.functional.pil_to_tensor(picture.reduce(2)))
+    save_grid([pictures[:2], pictures[2:]], Path(path))
+
+
 def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple[float, float], path: str) -> None:
     """Save a PNG of lines {text: (x values, y values)}; names and limits: of the x and y axis, which start at 0."""
     image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
@@ -370,7 +428,7 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple[fl
         return 130 + 1420 * x / limits[0], 1060 - (1060 - top) * y / limits[1]
 
     for axis, limit in enumerate(limits):
-        step = next(step for power in range(-3, 9) for digit in (1, 2, 5)
+        step = next(step for power in range(-3 if limit <= 1 else 0, 9) for digit in (1, 2, 5)   # layers are whole
                     if limit / (step := digit * 10.0 ** power) <= 6)
         for tick in np.arange(0, limit * 1.001, step):
             (x, y), text = at(*((tick, 0) if axis == 0 else (0, tick))), f'{tick:.4g}'
@@ -403,8 +461,9 @@ def draw_curve(precision: np.ndarray, path: str) -> None:
                ('recall', 'precision'), (1, 1), path)
 
 
-def compare(folders: list[str], picture: str | None = None) -> None:
-    """Print the results of several runs, and draw their AP over the steps (Group DETR Fig. 1, H-DETR Fig. 4).
+def compare(folders: list[str], picture: str | None = None, unstable: str | None = None) -> None:
+    """Print the results of several runs, and draw their AP over the steps (Group DETR Fig. 1, H-DETR Fig. 4), and of
+    those with --unstable the last unstable scores over the layers (Stable-DINO Fig. 3).
 
     Folders whose names differ only in what follows the last '-', the seed, are repetitions: a row and a line of their
     means. Raises UserError if a folder holds no evaluated run, or repetitions differ in their evaluations.
@@ -419,7 +478,7 @@ def compare(folders: list[str], picture: str | None = None) -> None:
             if not all(isinstance(record.get(key), (int, float)) for key in ('AP', 'AP50', 'duplicates')):
                 raise UserError(f'{file}: the evaluation of step {record["step"]} lacks a number')
         runs.setdefault(Path(folder).name.rsplit('-', 1)[0], []).append(evaluations)
-    lines = {}
+    lines, of_layers = {}, {}
     print('| run | seeds | steps | AP | AP50 | duplicates |\n|---|---|---|---|---|---|')
     for name, repetitions in runs.items():
         steps = [record['step'] for record in repetitions[0]]
@@ -430,11 +489,22 @@ def compare(folders: list[str], picture: str | None = None) -> None:
             f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' for values in (
                 [record[key] for record in last] for key in ('AP', 'AP50', 'duplicates')))]) + ' |')
         lines[name] = [0, *steps], [0, *np.mean([[record['AP'] for record in run] for run in repetitions], 0)]
+        if all(record.get('unstable') for record in last):
+            of_layers[name] = np.mean([record['unstable'] for record in last], 0)
+    if unstable and not of_layers:
+        raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
     print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds')
     if picture:
         draw_lines(lines, ('steps', 'AP'), (max(x[-1] for x, _ in lines.values()),
                                             max(1e-3, *(max(y) for _, y in lines.values()))), picture)
         print(f'picture: {picture}')
+    if unstable:
+        for name, scores in of_layers.items():
+            print(f'{name}: unstable score of layer 1 to {len(scores)}: {", ".join(f"{x:.1f} %" for x in scores)}')
+        draw_lines({name: (range(1, len(scores) + 1), scores) for name, scores in of_layers.items()},
+                   ('decoder layer', 'unstable score, %'), (max(map(len, of_layers.values())),
+                                                            max(1e-3, *map(max, of_layers.values()))), unstable)
+        print(f'picture: {unstable}')
 
 
 # --- Benchmark ------------------------------------------------------------------------------------------------------
@@ -789,10 +859,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--pr-curve', metavar='FILE', help='draw precision over recall to this PNG')
     parser.add_argument('--pictures', type=int, default=0, metavar='N',
                         help='draw ground truth and predictions of N images')
+    parser.add_argument('--matches', metavar='FILE',
+                        help='draw to this PNG whom each scheme would make answer for whom in one image, given the '
+                             'predictions of this model')
+    parser.add_argument('--image', type=int, default=0, metavar='N', help='that image of --matches (default 0)')
     parser.add_argument('--picture-file', default='predictions.png', help='PNG to draw to (default predictions.png)')
     group = parser.add_argument_group('comparison of runs, instead of an evaluation')
     group.add_argument('--compare', nargs='+', metavar='RUN', help='print the results of runs NAME-SEED, a row a NAME')
     group.add_argument('--curves', metavar='FILE', help='and draw their AP over the steps to this PNG')
+    group.add_argument('--unstable-curves', metavar='FILE',
+                       help='and the unstable score over the layers, of runs with --unstable')
     group = parser.add_argument_group('benchmark: time and memory of training, instead of an evaluation')
     group.add_argument('--benchmark', nargs='?', const='schemes', choices=('schemes', 'queries', 'groups', 'loss'),
                        help='a table of all schemes (default), of branch with more and more queries, of group with '
@@ -808,8 +884,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('one of --weights, --compare and --benchmark is needed')
     machine = {'device', 'repeats', 'compile'}
     table = machine | {'data', 'image_size', 'batch_size', 'workers', 'amp', 'model', 'rows'}
-    means_something = {'weights': vars(args).keys() - {'curves', 'model', 'rows', 'repeats', 'amp', 'compile'},
-                       'compare': {'curves'}, 'benchmark': machine if args.benchmark == 'loss' else table}[modes[0]]
+    drawn = {'curves', 'unstable_curves'}
+    means_something = {'weights': vars(args).keys() - drawn - {'model', 'rows', 'repeats', 'amp', 'compile'},
+                       'compare': drawn, 'benchmark': machine if args.benchmark == 'loss' else table}[modes[0]]
     for name, value in vars(args).items():   # nothing that is given is ignored
         if name not in (*modes, *means_something) and value != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")} has no meaning with --{modes[0]}'
@@ -819,26 +896,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.image and not args.matches:
+        raise UserError(f'--image {args.image}: only --matches looks at one image')
     if args.nms is not None and not 0 <= args.nms <= 1:
         raise UserError(f'--nms {args.nms}: is an IoU, 0 to 1')
-    for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1).items():
+    for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1,
+                            image=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
-    for name in ('weights', 'data', 'save_json', 'pr_curve', 'picture_file', 'curves', 'rows'):
+    pictures = ('picture_file', 'pr_curve', 'matches', 'curves', 'unstable_curves')
+    for name in ('weights', 'data', 'save_json', 'rows', *pictures):
         if getattr(args, name) == '':   # a variable of the shell that was not set
             raise UserError(f"--{name.replace('_', '-')} '': is empty")
-    if args.save_json and not args.save_json.endswith('.json'):
-        raise UserError(f'--save-json {args.save_json}: must end in .json')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch finds no CUDA device here')
-    for path in (args.save_json, args.picture_file, args.pr_curve, args.curves):
-        if path and not Path(path).parent.is_dir():
+    for name in ('save_json', *pictures):
+        path, ending = getattr(args, name), '.json' if name == 'save_json' else '.png'
+        if path is not None and not path.endswith(ending):
+            raise UserError(f'--{name.replace("_", "-")} {path}: must end in {ending}')
+        if path is not None and not Path(path).parent.is_dir():
             raise UserError(f'the folder of {path} does not exist')
-    for name, path in (('--picture-file', args.picture_file), ('--pr-curve', args.pr_curve), ('--curves', args.curves)):
-        if path is not None and not path.endswith('.png'):
-            raise UserError(f'{name} {path}: must end in .png')
     if args.compare:
-        return compare(args.compare, args.curves)
+        return compare(args.compare, args.curves, args.unstable_curves)
     if args.benchmark:
         return benchmark_loss(args) if args.benchmark == 'loss' else benchmark(args)
     model, categories, settings = load_detector(args.weights)
@@ -855,6 +934,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f'the {len(dataset)} images it was trained on:')
     model.to(args.device)
     ids = ids_for(categories, dataset, model.num_classes)
+    if args.image >= len(dataset):
+        raise UserError(f'--image {args.image}: there are the images 0 to {len(dataset) - 1}')
     batch_size = args.batch_size or settings.get('batch_size', 2)
     rows = detect(model, dataset, ids, batch_size=batch_size, workers=args.workers, nms=args.nms, group=args.group)
     if args.save_json:
@@ -872,6 +953,9 @@ def main(argv: list[str] | None = None) -> None:
               f'{", ".join(f"{score:.1f} %" for score in scores) or "no objects"}')
     if args.pr_curve:
         print(f'curve: {args.pr_curve}')
+    if args.matches:
+        draw_matches(model, dataset, ids, args.matches, args.image, cost_of(settings))
+        print(f'picture: {args.matches}')
     if args.pictures:
         draw_predictions(model, dataset, ids, Path(args.picture_file), args.pictures, nms=args.nms, group=args.group)
         print(f'picture: {args.picture_file}')

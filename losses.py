@@ -257,11 +257,12 @@ def curve(name: str, p: Tensor, iou: float | None) -> tuple[Tensor, Tensor]:
 
 
 def draw(file: str) -> None:
-    """A panel for each loss as printed: loss over score, a line for each IoU of the match, a thin one for no match."""
+    """A panel for each loss as printed: loss over score, a line for each IoU of the match, a thin one for no match. Of
+    the three that ask for the IoU also the whole surface, over score and IoU of a match."""
     from PIL import Image, ImageDraw, ImageFont
     lines = {0.0: ('#D55E00', 11), 0.5: ('#E69F00', 8), 0.75: ('#56B4E9', 8), 1.0: ('#0072B2', 8), None: ('black', 3)}
     large, small = (ImageFont.load_default(size=size) for size in (40, 30))
-    image = Image.new('RGB', (2400, 1500), 'white')   # twice the final size, for smooth lines
+    image = Image.new('RGB', (2400, 2190), 'white')   # twice the final size, for smooth lines
     pen, p = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199)
     for i, name in enumerate(('ce', *MATCHED)):
         x, y, width, height = i % 3 * 790 + 90, i // 3 * 690 + 80, 660, 500
@@ -273,6 +274,17 @@ def draw(file: str) -> None:
         for iou, style in lines.items():
             points = zip(p.tolist(), curve(name, p, iou)[0].tolist())
             pen.line([(x + width * a, y + height * (1 - b / 3)) for a, b in points if b < 3], *style)
+    for i, name in enumerate(('vfl', 'mal', 'stable')):
+        x, y, width, height = i * 790 + 90, 1590, 660, 500
+        surface = torch.stack([curve(name, p, iou)[0] for iou in torch.linspace(1, 0, 100).tolist()]).clamp(max=3)
+        grey = 255 - 20 * (4 * surface).floor()   # a step of grey is 1/4
+        image.paste(Image.fromarray(grey.byte().numpy()).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
+        for part in (0, 0.5, 1):
+            pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
+            pen.text((x - 12, y + (1 - part) * height), f'{part:g}', '#555555', small, anchor='rm')
+    pen.text((1200, 1540), 'the same over the score p (to the right) and the IoU (upwards) of a match: a step of grey '
+             'is 1/4, white is below 1/4, darkest 3 and more', 'black', small, anchor='mm')
     for j, (iou, style) in enumerate(lines.items()):
         text = 'not matched' if iou is None else f'matched at IoU {iou:g}'
         pen.line((60 + 450 * j, 1420, 140 + 450 * j, 1420), *style)

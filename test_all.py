@@ -1170,7 +1170,7 @@ class TestWhatAMatchIsWorth(Close, unittest.TestCase):
             done = subprocess.run([sys.executable, str(HERE / 'losses.py'), '--picture', f'{folder}/l.png'],
                                   capture_output=True, text=True, cwd=folder)
             self.assertEqual(done.returncode, 0, done.stderr)
-            self.assertEqual(Image.open(f'{folder}/l.png').size, (1200, 750))
+            self.assertEqual(Image.open(f'{folder}/l.png').size, (1200, 1095))
         self.assertIn('mal     match, IoU 0     0.051 +0.050     0.288 +0.250     0.693 +0.500', done.stdout)
         self.assertIn('K * n_box', done.stdout)
 
@@ -2213,13 +2213,49 @@ class TestMeasures(unittest.TestCase):
         column = np.abs(image[100:, round((130 + 1420 * 0.5) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # half of the steps
         height = (1060 - 2 * (column.nonzero()[0] + 100).mean()) / 890 * 0.5
         self.assertAlmostEqual(height, 0.15, delta=0.01)
+        with self.assertRaisesRegex(data.UserError, 'none of the runs was trained with --unstable'), quiet():
+            evaluation.main(['--compare', *runs, '--unstable-curves', str(folder / 'layers.png')])
+        for name, scores in (('one2one-0', [60, 30, 10]), ('one2one-1', [40, 30, 20])):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / 'metrics.jsonl').write_text(json.dumps({
+                'step': 10, 'AP': 0.5, 'AP50': 0.5, 'duplicates': 0, 'unstable': scores}) + '\n')
+        with quiet() as printed:
+            evaluation.main(['--compare', str(folder / 'one2one-0'), str(folder / 'one2one-1'), '--unstable-curves',
+                             str(folder / 'layers.png')])
+        self.assertIn('one2one: unstable score of layer 1 to 3: 50.0 %, 30.0 %, 15.0 %', printed.getvalue())
+        image = np.array(Image.open(folder / 'layers.png').convert('RGB')).astype(int)
+        column = np.abs(image[100:, round((130 + 1420 * 2 / 3) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # at layer 2 of 3
+        self.assertAlmostEqual((1060 - 2 * (column.nonzero()[0] + 100).mean()) / 890 * 50, 30, delta=1)
         (folder / 'group-1' / 'metrics.jsonl').write_text('')
         for flags, message in ((runs, 'group: its runs have no evaluat'), ([str(folder)], 'metrics.jsonl does not')):
             with self.assertRaisesRegex(data.UserError, message), quiet():
                 evaluation.main(['--compare', *flags])
 
+    def test_picture_of_the_matches_of_every_scheme(self):
+        """Four boxes on each of two objects: how often each group's colour leads to an object."""
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        near = torch.linspace(-0.05, 0.05, 4)[:, None] * torch.tensor([0.0, 1, 0, 0])
+        boxes = torch.cat([FixedImages.boxes[:1] + near, FixedImages.boxes[1:] + near])[[0, 4, 1, 5, 2, 6, 3, 7]]
+        model, images = FixedModel(FixedImages.boxes.repeat(2, 1), [0, 1, 2, 3], boxes[None]), FixedImages()
+        images.load = lambda index: (Image.new('RGB', (64, 64), 'white'), None, None, None)
+        evaluation.draw_matches(model, images, [1], str(folder / 'matches.png'), 0)
+        image = np.array(Image.open(folder / 'matches.png').convert('RGB')).astype(int)
+        height, width = (side // 2 for side in image.shape[:2])
+
+        def shown(panel):
+            y, x = divmod(panel, 2)
+            part = image[y * height + 30:(y + 1) * height, x * width:(x + 1) * width]
+            colours = [[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in evaluation.COLOURS[:5]]
+            return [bool((np.abs(part - colour).sum(2) < 20).sum() > 50) for colour in colours]
+        self.assertEqual([shown(panel) for panel in range(4)],
+                         [[True] + [False] * 4, [True] + [False] * 4, [True, True] + [False] * 3, [True] * 4 + [False]],
+                         'the colours of the groups in the panels one2one, one2many, branch, group')
+        with self.assertRaisesRegex(data.UserError, 'image 0 has 0 objects'):
+            evaluation.draw_matches(model, FixedImages(objects=0), [1], str(folder / 'no.png'), 0)
+
     def test_bad_flags_are_refused(self):
-        for flags, message in ((['--pr-curve', 'p.jpg'], '--pr-curve p.jpg: must end in .png'),
+        for flags, message in ((['--image', '3'], '--image 3: only --matches'),
+                               (['--pr-curve', 'p.jpg'], '--pr-curve p.jpg: must end in .png'),
                                (['--pr-curve', '/nowhere/p.png'], 'the folder of /nowhere/p.png does not exist'),
                                (['--unstable', '-1'], '--unstable -1: must be at least 0')):
             with self.assertRaisesRegex(data.UserError, message):
@@ -2885,8 +2921,8 @@ class TestCommands(unittest.TestCase):
         """The flags of the help texts, so that a new one cannot be forgotten: each ends in a line that names it."""
         # Paths, whose messages have tests of their own, and switches.
         no_value_is_illegal = {
-            'help', 'compare', 'curves', 'data', 'out', 'resume', 'init', 'samples', 'weights', 'save-json', 'rows',
-            'model', 'no-separate-attention', 'official-losses', 'dense-o2o', 'no-mixed-selection', 'compile',
+            'help', 'compare', 'curves', 'unstable-curves', 'matches', 'data', 'out', 'resume', 'init', 'samples',
+            'weights', 'save-json', 'rows', 'model', 'no-separate-attention', 'official-losses', 'dense-o2o', 'no-mixed-selection', 'compile',
             'fixed-encoder', 'no-look-forward-twice', 'no-pretrained', 'vertical-flip', 'checkpoint-activations', 'amp',
             'per-class'}
         more = {'cost-class': ['--cost', 'focal'], 'f2': ['--cost', 'stable'], 'mal-gamma': ['--cls-loss', 'mal'],
