@@ -9,7 +9,8 @@ Boxes are (cx, cy, w, h) as fractions of the image; a mask is True at padding.
 
 Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR (equal groups, A.2).
 "Official code" is HDETR/H-Deformable-DETR, whose checkpoints load with `from_official` and give the same outputs.
-This file needs torch and torchvision only, and can be copied alone.
+This file needs torch and torchvision only, and can be copied alone; `python hybrid_detr.py` prints the shape behind
+every stage.
 """
 import copy
 import math
@@ -645,3 +646,38 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
         raise ValueError(f'unknown entry {min(unknown)} ({len(unknown)} in all)')
     model.load_state_dict(loaded)
     return model
+
+
+# --- The example: two images through a small detector ---------------------------------------------------------------
+
+@torch.no_grad()
+def demonstrate() -> None:
+    """Print the shape behind every stage, and that the first group does not notice the second."""
+    torch.manual_seed(0)
+    model = HybridDETR(5, groups=(4, 12), backbone='tiny', width=64, heads=4, encoder_layers=2, decoder_layers=3,
+                       ffn=128, levels=3)
+    images, padding_mask = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
+    images[1, :, :, 96:], padding_mask[1, :, 96:] = 0, True   # the second image is narrower
+    tokens, shapes = model.pyramid(images)
+    where = geometry(padding_mask, shapes, model.level_embed)
+    encoded = model.encode(tokens, where)
+    logits, boxes = model.propose(encoded, where, heads=1)
+    first, second = model.select(logits, boxes, model.groups)
+    trained, kept = model(images, padding_mask), model.eval()(images, padding_mask)
+    print(f'2 images, C = 5 classes, groups of {model.groups} queries, levels of {", ".join(map(str, shapes))} cells\n')
+    for what, letters, x in (
+            ('images', 'B 3 H W', images), ('pyramid: backbone, one width', 'B S D', tokens),
+            ('encoder', 'B S D', encoded), ('proposals: scores of each token', 'E B S C', logits),
+            ('proposals: boxes', 'E B S 4', boxes), ('the best become queries', 'B n 4', first),
+            ('and the next best, for group two', 'B T 4', second),
+            ('decoder in train(): scores', 'L B N C', trained.pred_logits), ('boxes', 'L B N 4', trained.pred_boxes),
+            ('decoder in eval(): one group', 'L B n 4', kept.pred_boxes)):
+        print(f'{what:36}{letters:10}{tuple(x.shape)}')
+    model.query_content[4:] += 1.0
+    moved = (model.train()(images, padding_mask).pred_logits - trained.pred_logits).abs()
+    print(f'\nWith other content in group two, its scores move by up to {moved[:, :, 4:].max():.2f}, and those of '
+          f'group one by {moved[:, :, :4].max():g}.')
+
+
+if __name__ == '__main__':
+    demonstrate()

@@ -907,6 +907,210 @@ class TestSchemes(unittest.TestCase):
                              (first, last), scheme)
 
 
+# --- The README's exercises -----------------------------------------------------------------------------------------
+
+class TestExercises(unittest.TestCase):
+    """For students: each says what was expected and why. Delete the body of what it names, write it again, run it."""
+    longMessage = False   # the messages say it all
+
+    def close(self, found, wanted, why):
+        found, wanted = torch.as_tensor(found), torch.as_tensor(wanted)
+        self.assertEqual(tuple(found.shape), tuple(wanted.shape), f'the shape is {tuple(found.shape)}, but it has to '
+                         f'be {tuple(wanted.shape)}: {why}')
+        self.assertTrue(torch.allclose(found.double(), wanted.double(), atol=1e-5), '\n\n    yours  ' + str(
+            found.tolist()) + f'\n    wanted {wanted.tolist()}\n{why}')
+
+    def test_1_one_to_many(self):
+        """matchers.one_to_many: on the toy of matchers.py."""
+        for copies, wanted, total in ((1, {0: 0, 2: 1}, 2), (2, {0: 0, 1: 1, 2: 1, 3: 0}, 8)):
+            answer = one_to_many(matchers.TOY_COST, copies)
+            self.assertIsInstance(answer, tuple, 'return two tensors: query_idx and gt_idx')
+            query, gt = answer
+            found = dict(zip(query.tolist(), gt.tolist()))
+            self.assertLess(max(gt.tolist()), 2, f'gt_idx {gt.tolist()}: there are two ground truths, 0 and 1; a '
+                            'column of the repeated matrix stands for one of them, column j for j % M')
+            self.assertEqual(sorted(gt.tolist()), sorted([0, 1] * copies), f'with copies={copies} each ground truth '
+                             f'has to get {copies} queries; gt_idx is {gt.tolist()}')
+            cost = float(matchers.TOY_COST[query, gt].sum())
+            self.assertEqual(found, wanted, f'copies={copies}: your pairs {found} cost {cost:g} in sum, {wanted} cost '
+                             f'{total}. Taking the cheapest query of each ground truth in turn is not the cheapest sum')
+        self.assertEqual([len(x) for x in one_to_many(torch.zeros(3, 0), 2)], [0, 0], 'an image without objects has no '
+                         'pairs (mind the remainder of a division by M = 0)')
+        query, gt = one_to_many(torch.rand(4, 3), 2)
+        self.assertEqual(sorted(query.tolist()), [0, 1, 2, 3], '6 wishes and 4 queries: all 4 are matched, each once')
+
+    def test_2_matching_cost(self):
+        """matchers.matching_cost with the default Cost(): one query, then the parts of its cost one by one."""
+        at, zero = [0.5, 0.5, 0.2, 0.4], [[[0.0, 0.0]]]
+
+        def cost(logits=zero, box=at, label=0, gt=at):
+            return matching_cost(torch.tensor(logits), torch.tensor([[box]]), torch.tensor([label]), torch.tensor([gt]))
+        log2 = math.log(2)
+        self.close(cost(), [[[2 * (0.25 / 4 - 0.75 / 4) * log2 - 2]]], 'score 1/2 and a perfect box: 2 * (1/4 * '
+                   '(1-p)^2 * log 2 - 3/4 * p^2 * log 2), no L1, and -2 * GIoU with GIoU = 1')
+        self.assertLess(float(cost([[[0.0, 3.0]]], label=1)), float(cost([[[0.0, 3.0]]], label=0)), 'the class part is '
+                        "that of the ground truth's own class: a query sure of class 1 must be cheaper for a 1 than "
+                        'for a 0')
+        self.close(cost(box=[0.6, 0.5, 0.2, 0.4]) - cost(), [[[5 * 0.1 + 2 * (1 - 1 / 3)]]], 'a box moved by half its '
+                   'width: 5 * |0.1| for L1, and its GIoU is 1/3 instead of 1 (overlap 1/3 of the union, and the hull '
+                   'is the union). Is L1 taken of (cx, cy, w, h), and GIoU of corners?')
+        self.close(cost(box=[0.5, 0.5, 0.1, 0.4]) - cost(), [[[5 * 0.1 + 2 * (1 - 1 / 2)]]], 'a box of half the width')
+        shape = matching_cost(torch.zeros(6, 7, 3), torch.rand(6, 7, 4), torch.tensor([0, 2, 2, 1]),
+                              torch.rand(4, 4)).shape
+        self.assertEqual(tuple(shape), (6, 7, 4), '6 layers, 7 queries and 4 ground truths make (L, N, M)')
+        two = matching_cost(torch.zeros(1, 1, 3), torch.tensor([[at]]), torch.tensor([1, 1]),
+                            torch.tensor([at, [0.2, 0.2, 0.1, 0.1]]))
+        self.assertNotEqual(float(two[0, 0, 0]), float(two[0, 0, 1]), 'two ground truths of one class, but other boxes')
+
+    def test_3_query_groups(self):
+        """matchers.query_groups: the rows of the table, with 3 decoder layers."""
+        for scheme, progress, numbers, wanted, why in (
+                ('one2one', 0, dict(n=9), [(9, (1, 1, 1), 1)], 'one group, one copy in every layer'),
+                ('branch', 0, dict(n=3, T=6, K=2, weight=0.5), [(3, (1, 1, 1), 1), (6, (2, 2, 2), 0.5)],
+                 'H-DETR Eq. 1-2: n queries one-to-one, and T queries that find K copies, whose loss weighs lambda'),
+                ('branch', 0, dict(n=3, T=0, K=2), [(3, (1, 1, 1), 1)], 'with T = 0 nothing but the baseline is left'),
+                ('epoch', 0.6, dict(n=9, K=2), [(9, (2, 2, 2), 1)], 'Eq. 3: one-to-many before rho = 2/3 of training'),
+                ('epoch', 0.7, dict(n=9, K=2), [(9, (1, 1, 1), 1)], 'Eq. 4: and one-to-one after it'),
+                ('layer', 0, dict(n=9, K=2, L1=2), [(9, (2, 2, 1), 1)], 'Eq. 5-6: K copies in the first L1 layers'),
+                ('group', 0, dict(n=3, G=3), [(3, (1, 1, 1), 1 / 3)] * 3, 'Group DETR Eq. 7: the mean of G losses'),
+                ('one2many', 1, dict(n=9, K=2), [(9, (2, 2, 2), 1)], 'K copies everywhere, to the end')):
+            found = [(group.queries, tuple(group.copies), group.weight) for group in query_groups(
+                scheme, 3, progress, **numbers)]
+            self.assertEqual(found, wanted, f'\n\n    {scheme} with {numbers} at progress {progress}, as (queries, '
+                             f'copies in each layer, weight)\n    yours  {found}\n    wanted {wanted}\n{why}')
+
+    def test_4_group_self_attention(self):
+        """hybrid_detr.GroupSelfAttention.forward: groups of one size and of two, then denoising queries."""
+        torch.manual_seed(0)
+        attention, (content, position) = hybrid_detr.GroupSelfAttention(16, 2, 0.0), torch.randn(2, 2, 9, 16)
+        with torch.no_grad():
+            for groups in ((3, 3, 3), (4, 5)):
+                before, n = attention(content, position, groups), groups[0]
+                self.assertEqual(tuple(before.shape), (2, 9, 16), 'an answer for each query of the row')
+                for x, name in ((content, 'content'), (position, 'position')):
+                    x[:, n] += 1   # the first query of the second group
+                    moved = (attention(content, position, groups) - before).abs().amax((0, 2))
+                    x[:, n] -= 1
+                    self.assertEqual(float(moved[:n].max()), 0, f'groups {groups}: the {name} of query {n}, in group '
+                                     'two, was changed and group one moved. At inference group two is gone!')
+                    self.assertGreater(float(moved[n + 1]), 1e-6, f'groups {groups}: the {name} of query {n} was '
+                                       f'changed, and query {n + 1} of its own group did not notice')
+                self.close(before, evaluation.published_self_attention(attention, content, position, groups),
+                           f'groups {groups}: not the numbers of one attention with H-DETR\'s mask. Is the position '
+                           'added to query and key, but not to the value? Is the scale that of one head?')
+            before = attention(content, position, (3,), denoising=2)   # 3 queries, and two denoising groups of 3
+            for query, seen_by, why in (
+                    (0, range(9), "denoising queries see the detector's"),
+                    (3, range(3, 6), 'no query sees a denoising group but its own members: they know the answer')):
+                content[:, query] += 1
+                moved = (attention(content, position, (3,), denoising=2) - before).abs().amax((0, 2)) > 1e-7
+                content[:, query] -= 1
+                self.assertEqual(moved.nonzero().flatten().tolist(), list(seen_by), f'row of 3 queries and two '
+                                 f'denoising groups of 3: query {query} was changed, and these moved. Wanted: '
+                                 f'{list(seen_by)}, since {why}; yours: {moved.nonzero().flatten().tolist()}')
+
+    def test_5_matchability_aware_loss(self):
+        """losses.MATCHED['mal'] and losses.BACKGROUND['mal']: DEIM slides, Eq. 3, with the exponent g = 1.5."""
+        def loss(p, matched, iou):
+            x, m, s = (torch.tensor([v], dtype=torch.float64) for v in (math.log(p / (1 - p)), matched, iou))
+            return losses.class_loss(x, m, s, LossSettings('mal'))[0]
+        for p, iou in ((0.2, 1.0), (0.5, 0.5), (0.9, 0.5), (0.9, 0.0)):
+            target = iou ** 1.5
+            self.close(loss(p, 1.0, iou), -target * math.log(p) - (1 - target) * math.log(1 - p), f'a match of score '
+                       f'{p} at IoU {iou}: BCE with the target IoU^g = {target:.3f}, not weighted. At IoU 0 it is '
+                       'pushed to 0 with full weight, where VFL would hardly care')
+        for p in (0.1, 0.6):
+            self.close(loss(p, 0.0, 0.0), -p ** 1.5 * math.log(1 - p), f'no match, score {p}: p^g * -log(1 - p)')
+
+    def test_6_stable_target(self):
+        """losses.stable_target: f1(s) of Stable-DINO Eq. 3, three pairs in image 0 and one in image 1."""
+        iou, owner = torch.tensor([0.5, 0.25, 0.0, 0.1]), torch.tensor([0, 0, 0, 1])
+        score = torch.full((4,), 0.9, requires_grad=True)
+        self.close(losses.stable_target(iou, score, owner, None), [0.25, 0.0625, 0, 0.01], 'without a rescale, f1 is '
+                   'the square of the IoU')
+        self.close(losses.stable_target(iou, score, owner, torch.ones(2)), [1, 0.25, 0, 1], 'rescaled to one: the best '
+                   'pair of each image, however bad, gets the target 1, and the others keep their ratio to it')
+        self.close(losses.stable_target(iou, score, owner, torch.tensor([0.8, 0.6])), [0.8, 0.2, 0, 0.6],
+                   "rescaled to the largest IoU of each image's queries, 0.8 and 0.6")
+        self.close(losses.stable_target(torch.zeros(2), score[:2], owner[:2], torch.ones(2)), [0, 0], 'pairs of which '
+                   'none overlaps keep the target 0 (mind a division by 0)')
+        self.assertFalse(losses.stable_target(iou, score, owner, None, 's1p1').requires_grad, 'a gradient flows '
+                         'through the target: a score would learn to lower what it is asked for')
+
+    def test_7_set_loss(self):
+        """losses.set_loss: one image, one ground truth, 3 queries, focal loss."""
+        at = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
+        boxes = torch.stack([at[0], at[0] + torch.tensor([0.1, 0, 0, 0]), at[0]])[None, None].requires_grad_()
+        logits = torch.zeros(1, 1, 3, 2, requires_grad=True)   # all scores are 1/2
+
+        def parts(queries, groups, num_boxes=1.0):
+            n = len(queries)
+            zero, query = torch.zeros(n, dtype=torch.int64), torch.tensor(queries)
+            return losses.set_loss(logits, boxes, [torch.tensor([1])], [at], Matches(zero, zero, query, zero), groups,
+                                   num_boxes)
+        one, log2 = [QueryGroup(3, (1,))], math.log(2)
+        found = parts([1], one)
+        self.close(found[1], 5 * 0.1, 'L1: query 1 is matched and its box moved by 0.1; the others pay no box loss; '
+                   'weight 5')
+        self.close(found[2], 2 * (1 - 1 / 3), 'GIoU: 1 - 1/3 for the one matched box; weight 2')
+        self.close(found[0], 2 * log2 * (0.25 / 4 + 5 * 0.75 / 4), 'class: 3 queries of 2 classes are 6 entries; one '
+                   'is a match (1/4 * (1-p)^2 * log 2), five are background (3/4 * p^2 * log 2), those of query 1 in '
+                   'the other class and of the unmatched queries too; weight 2')
+        self.close(found[3], [1 / 3], 'the IoU of each pair')
+        self.assertFalse(found[3].requires_grad, 'no gradient goes through the IoU: a box would learn from the score')
+        self.close(torch.stack(parts([1], one, 4.0)[:3]), torch.stack(found[:3]) / 4, 'all parts are divided by the '
+                   'number of ground truth boxes of the batch, here 4')
+        self.close(parts([0, 1], [QueryGroup(3, (2,))])[1], 5 * 0.1 / 2, 'K = 2 copies: two pairs, divided by K times '
+                   'the number of boxes; so the one-to-many loss weighs as much as a one-to-one loss')
+        self.close(parts([1], [QueryGroup(3, (1,), 0.25)])[1], 5 * 0.1 / 4, 'the loss of a group of weight 1/4')
+        two = parts([0, 1], [QueryGroup(1, (1,)), QueryGroup(2, (1,), 0.5)])
+        self.close(two[1], 5 * 0.1 / 2, 'two groups: query 0 is in the first, of weight 1, and query 1 in the second, '
+                   'of weight 1/2')
+        self.close(two[0], 2 * log2 * (0.25 + 0.75 + 0.5 * (0.25 + 0.75 * 3)) / 4, 'background belongs to its group, '
+                   'too: its entries weigh as much as the matches beside them')
+
+    def test_8_mixup(self):
+        """data.mixup: an image of 4 x 8 pixels, all 1, and one of 6 x 4, all 2."""
+        def sample(h, w, value, box):
+            return data.Sample(torch.full((3, h, w), float(value)), torch.tensor([value]), torch.tensor([box]), value,
+                               (h, w), f'image{value}')
+        mixed = data.mixup(sample(4, 8, 1, [0.5, 0.5, 0.5, 1]), sample(6, 4, 2, [0.5, 0.25, 1, 0.5]))
+        self.assertEqual(tuple(mixed.image.shape), (3, 6, 8), 'as high and as wide as the larger of both')
+        self.close(mixed.image[0, [0, 0, 5, 5], [0, 7, 0, 7]], [1.5, 0.5, 1, 0], 'corners top left, top right, bottom '
+                   'left, bottom right: half of each image where it is, nothing where it is not')
+        self.close(mixed.boxes, [[0.5, 1 / 3, 0.5, 2 / 3], [0.25, 0.25, 0.5, 0.5]], 'boxes are fractions of the image: '
+                   'both images lie in the top left corner of a larger one, so all their numbers shrink')
+        self.assertEqual(mixed.labels.tolist(), [1, 2], 'the objects of both, those of the first image first')
+
+    def test_9_a_scheme_of_your_own(self):
+        """matchers.query_groups, and the numbers in train.py: what holds for every row, also for one you add."""
+        with self.assertRaises(ValueError) as caught:
+            query_groups('no such scheme', 3, n=2)
+        schemes = str(caught.exception).split('choose from ')[1].split(', ')
+        for rows, name in ((train.TINY_ROWS, 'TINY_ROWS'), (train.PAPER_ROWS, 'PAPER_ROWS')):
+            self.assertEqual(set(rows) - set(train.PRESETS), set(schemes), f'train.{name} needs the numbers of every '
+                             'scheme of matchers.query_groups')
+        rng = np.random.default_rng(0)
+        labels, boxes = random_targets(rng, (3, 0, 2), 4)
+        for scheme in schemes:
+            for progress in (0.0, 0.5, 1.0):
+                groups = query_groups(scheme, 3, progress, **train.TINY_ROWS[scheme])
+                sizes = [group.queries for group in groups]
+                self.assertTrue(all(len(group.copies) == 3 for group in groups), f'{scheme}: as many copies as layers')
+                self.assertEqual(sizes, [group.queries for group in query_groups(scheme, 3, 0.0, **train.TINY_ROWS[
+                    scheme])], f'{scheme}: the model is built once, so the groups keep their sizes; change the copies')
+                outputs = random_outputs(rng, 3, 3, sum(sizes), 4)
+                matches, _ = match(*outputs, labels, boxes, groups, [QueryGroup(12, (1,))])
+                pairs = sum(min(group.queries, copies * m) for group in groups for copies in group.copies
+                            for m in (3, 2))
+                self.assertEqual(len(matches.gt), pairs, f'{scheme} at {progress}: every copy finds a query')
+                parts = loss_of(outputs, labels, boxes, groups)
+                self.assertTrue(all(part.isfinite() for part in parts.values()), f'{scheme} at {progress}: {parts}')
+            if scheme != 'one2many':
+                self.assertEqual(groups[0].copies[-1], 1, f'{scheme}: one copy in the last layer of the first group at '
+                                 'the end of training, or the detector needs NMS as one2many does')
+
+
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 class TestLosses(unittest.TestCase):
@@ -2922,7 +3126,8 @@ class TestCommands(unittest.TestCase):
         # Paths, whose messages have tests of their own, and switches.
         no_value_is_illegal = {
             'help', 'compare', 'curves', 'unstable-curves', 'matches', 'data', 'out', 'resume', 'init', 'samples',
-            'weights', 'save-json', 'rows', 'model', 'no-separate-attention', 'official-losses', 'dense-o2o', 'no-mixed-selection', 'compile',
+            'weights', 'save-json', 'rows', 'model', 'no-separate-attention', 'official-losses', 'dense-o2o',
+            'no-mixed-selection', 'compile',
             'fixed-encoder', 'no-look-forward-twice', 'no-pretrained', 'vertical-flip', 'checkpoint-activations', 'amp',
             'per-class'}
         more = {'cost-class': ['--cost', 'focal'], 'f2': ['--cost', 'stable'], 'mal-gamma': ['--cls-loss', 'mal'],
