@@ -436,6 +436,9 @@ class FirstImages(Dataset):
     def __len__(self) -> int:
         return self.n
 
+    def load(self, index: int) -> tuple[Image.Image, dict, int, str]:
+        return self.dataset.load(index)
+
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         return self.dataset[key]
 

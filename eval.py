@@ -1,14 +1,17 @@
-"""COCO average precision, other measures of the papers, result files and pictures for a trained detector.
+"""COCO average precision, other measures of the papers, pictures, comparisons and a benchmark.
 
     python eval.py --weights runs/group/checkpoint.pt                          its own data, the 12 COCO numbers
+    python eval.py --weights runs/group/checkpoint.pt --nms 0.7 --group 1      with NMS, another group of queries
     python eval.py --weights runs/group/checkpoint.pt --pictures 8             ground truth beside predictions
     python eval.py --weights runs/group/checkpoint.pt --pr-curve pr.png        precision over recall
     python eval.py --weights runs/group/checkpoint.pt --unstable 20            does the matching change between layers?
     python eval.py --weights runs/group/checkpoint.pt --matches matches.png    who answers for whom, in every scheme
     python eval.py --weights official.pth --data COCO                          a checkpoint of HDETR/H-Deformable-DETR
+    python eval.py --compare runs/a-1 runs/a-2 runs/b-1 --curves curves.png    several runs in one table and one picture
     python eval.py --benchmark                                                 time and memory of all schemes
 
-Letters as in hybrid_detr.py: B images, L decoder layers, N queries, C classes.
+Read `detections`, `detect` and `average_precision` first; the rest are measures, pictures and the benchmark, each by
+itself. Letters as in matchers.py; n are the queries of one group; in deformable attention P are sampling points.
 """
 import argparse
 import contextlib
@@ -67,21 +70,8 @@ def read_checkpoint(path: str) -> dict:
     return content
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics file. The last line of a killed run may be torn; another bad one raises UserError."""
-    lines, records = path.read_text(errors='replace').splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-            records[-1]['step'] + 0
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if number < len(lines):
-                raise UserError(f'line {number} of {path} is no record of a training step') from None
-            return records[:number - 1]
-    return records
-
-
 def is_official(checkpoint: dict) -> bool:
+    """Only train.py writes down the architecture; an official file has to be measured (hybrid_detr.from_official)."""
     return 'architecture' not in checkpoint
 
 
@@ -101,9 +91,9 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
     checkpoint = read_checkpoint(path)
     try:
         if is_official(checkpoint):
-            mixed = 'query_embed.weight' in checkpoint['model']
-            rows = len(checkpoint['model']['query_embed.weight']) if mixed else 300
-            groups = (300, rows - 300) if rows > 300 else (rows,)   # the official files have 300 one-to-one queries
+            mixed = 'query_embed.weight' in checkpoint['model']   # without, no entry tells the number of queries
+            queries = len(checkpoint['model']['query_embed.weight']) if mixed else 300
+            groups = (300, queries - 300) if queries > 300 else (queries,)   # in all official files 300 are one-to-one
             return from_official(checkpoint['model'], groups, mixed).eval(), None, {}
         model = HybridDETR(**checkpoint['architecture'])
         model.load_state_dict(checkpoint['model'])
@@ -122,6 +112,28 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
     return model.eval(), categories, settings
 
 
+def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int) -> list[int]:
+    """The category id of every class column. Raises UserError if the model was trained for other categories."""
+    theirs = dataset.categories
+    if model_categories is None:   # an official checkpoint: column c is COCO's raw category id c, 0 and the gaps unused
+        if max(theirs.ids) >= columns:
+            raise UserError(f'the checkpoint has {columns} columns for category ids, the data has id {max(theirs.ids)}')
+        return list(range(columns))
+    if (model_categories.ids, model_categories.names) != (theirs.ids, theirs.names):
+        ours, data = (f'{len(c)} classes, {", ".join(c.names[:4])}.. with ids {c.ids[:4]}..'
+                      for c in (model_categories, theirs))
+        raise UserError(f'the checkpoint detects {ours}, the data has {data}')
+    return theirs.ids
+
+
+def cost_of(settings: dict) -> Cost:
+    """The matching cost that saved settings ask for; what they lack (official files, older ones) is Cost's default."""
+    default = Cost()
+    return Cost(settings.get('cost', default.kind), settings.get('cost_class', default.class_weight),
+                settings.get('f2', default.f2), settings.get('official_losses', False),
+                settings.get('cls_loss') == 'ce')
+
+
 # --- From outputs to detections -------------------------------------------------------------------------------------
 
 def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, nms: float | None = None,
@@ -129,14 +141,14 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
     """The `top` best of all N*C scores of the last layer: -> per image scores (k,) in falling order, labels (k,),
     boxes_xyxy (k,4) in pixels of the stored image; k = min(top, N*C), or less with NMS.
 
-    A query may appear with several classes (Deformable DETR's official post-processing, 100 in H-DETR's). With NMS at
+    A query may appear with several classes (as in the official codes of Deformable DETR and H-DETR). With NMS at
     IoU `nms`, the best 10 * top are thinned out first: else duplicates would take the places of other objects.
     softmax: of a model trained with cross-entropy.
     """
     probability = class_scores(outputs.pred_logits[-1].float(), softmax)                            # (B, N, C)
     B, N, C = probability.shape
-    scores, flat = probability.flatten(1).topk(min(top if nms is None else 10 * top, N * C), 1)
-    labels, query = flat % C, flat // C
+    scores, flat = probability.flatten(1).topk(min(top if nms is None else 10 * top, N * C), 1)     # (B, k)
+    labels, query = flat % C, flat // C   # column query * C + label of the flattened scores
     boxes = box_convert(outputs.pred_boxes[-1].float(), 'cxcywh', 'xyxy').gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device)[:, None]
     kept = []
@@ -146,7 +158,18 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
     return kept
 
 
-@torch.inference_mode()
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module):
+    """In eval() and without gradients -> its device; afterwards the model is left as it was, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
 def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: int, workers: int,
            nms: float | None = None, group: int = 0) -> np.ndarray:
     """Run the detector over a data set: rows of (image id, x, y, w, h, score, category id). ids: of the class columns.
@@ -154,22 +177,20 @@ def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: i
     Under torchrun every process takes its share of the images, and all get all rows. The model is left as it was.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, was_training = next(model.parameters()).device, model.training
-    rows, id_of = [np.zeros((0, 7))], np.array(ids)
-    model.eval()
+    rows, id_of = [np.zeros((0, 7))], np.array(ids)   # the first, so that no images concatenate, too
     loader = val_loader(dataset, batch_size, workers, rank, world)
-    for batch in tqdm(loader, desc='evaluate', leave=False, disable=rank > 0 or None):
-        batch = batch.to(device)
-        try:
-            outputs = model(batch.images, batch.padding_mask, group)
-        except ValueError as error:
-            raise UserError(f'{batch.names[0]}: {error}') from None
-        for image_id, (scores, labels, boxes) in zip(batch.image_ids,
-                                                     detections(outputs, batch.sizes, nms=nms, softmax=model.softmax)):
-            xywh = box_convert(boxes, 'xyxy', 'xywh').double().cpu().numpy()
-            rows.append(np.column_stack([np.full(len(xywh), image_id), xywh, scores.double().cpu(),
-                                         id_of[labels.cpu()]]))
-    model.train(was_training)
+    with evaluating(model) as device:
+        for batch in tqdm(loader, desc='evaluate', leave=False, disable=rank > 0 or None):   # None: if no terminal
+            batch = batch.to(device)
+            try:
+                outputs = model(batch.images, batch.padding_mask, group)
+            except ValueError as error:
+                raise UserError(f'{batch.names[0]}: {error}') from None
+            found = detections(outputs, batch.sizes, nms=nms, softmax=model.softmax)
+            for image_id, (scores, labels, boxes) in zip(batch.image_ids, found):
+                xywh = box_convert(boxes, 'xyxy', 'xywh').double().cpu().numpy()   # pycocotools computes in double
+                rows.append(np.column_stack([np.full(len(xywh), image_id), xywh, scores.double().cpu(),
+                                             id_of[labels.cpu()]]))
     rows = np.concatenate(rows)
     if world > 1:
         shares = [None] * world
@@ -179,7 +200,7 @@ def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: i
 
 
 def duplicate_rate(rows: np.ndarray) -> float:
-    """The part of the detections of score above 0.3 that NMS at IoU 0.7 would remove; 0 if there are none."""
+    """The fraction of the detections of score above 0.3 that NMS at IoU 0.7 would remove; 0 if there are none."""
     rows = torch.from_numpy(rows[rows[:, 5] > 0.3])
     image_and_class = rows[:, [0, 6]].unique(dim=0, return_inverse=True)[1]
     kept = batched_nms(box_convert(rows[:, 1:5], 'xywh', 'xyxy'), rows[:, 5], image_and_class, 0.7)
@@ -195,35 +216,38 @@ def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False, cu
     from pycocotools.cocoeval import COCOeval
     if not coco_json['images']:
         raise UserError('there are no images to evaluate on')
-    chatter = io.StringIO()
+    chatter = io.StringIO()   # pycocotools tells its progress with print
     with contextlib.redirect_stdout(chatter):
         truth = COCO()
         truth.dataset = coco_json
         truth.createIndex()
-        found = truth.loadRes(rows) if len(rows) else COCO()
-        if not len(rows):
+        if len(rows):
+            found = truth.loadRes(rows)
+        else:   # which loadRes cannot take
+            found = COCO()
             found.dataset = {'images': coco_json['images'], 'annotations': [], 'categories': coco_json['categories']}
             found.createIndex()
-        evaluation = COCOeval(truth, found, 'bbox')
-        evaluation.evaluate()
-        evaluation.accumulate()
+        coco_eval = COCOeval(truth, found, 'bbox')
+        coco_eval.evaluate()
+        coco_eval.accumulate()
     with contextlib.nullcontext() if table else contextlib.redirect_stdout(chatter):
-        evaluation.summarize()
-    precision = evaluation.eval['precision'][:, :, :, 0, -1]  # (IoU thresholds, recalls, classes); -1: no ground truth
+        coco_eval.summarize()
+    # (IoU thresholds, recalls, classes) of all areas and 100 detections; the values are -1 without ground truth.
+    precision = coco_eval.eval['precision'][:, :, :, 0, -1]
     by_class = {}
-    for k, category_id in enumerate(evaluation.params.catIds):
+    for k, category_id in enumerate(coco_eval.params.catIds):
         known = precision[..., k][precision[..., k] > -1]
         by_class[category_id] = float(known.mean()) if known.size else math.nan
-    errors = optimal_lrp(evaluation)
+    errors = optimal_lrp(coco_eval)
     if table:
         print(' oLRP @[ IoU=0.50 ] = {oLRP:.3f}: localization {oLRP_Loc:.3f}, false positives {oLRP_FP:.3f}, '
               'false negatives {oLRP_FN:.3f}'.format(**errors))
     if curve:
-        draw_curve(precision, curve)
-    return {**dict(zip(METRICS, evaluation.stats.tolist())), **errors}, by_class
+        draw_precision_recall(precision, curve)
+    return {**dict(zip(METRICS, coco_eval.stats.tolist())), **errors}, by_class
 
 
-def optimal_lrp(evaluation) -> dict[str, float]:
+def optimal_lrp(coco_eval) -> dict[str, float]:
     """oLRP, the optimal Localization Recall Precision error at IoU 0.5, and its parts: 0 is perfect, 1 the worst.
 
         LRP(s) = (sum over TP of (1 - IoU) / 0.5 + #FP + #FN) / (#TP + #FP + #FN),  of the detections of score >= s
@@ -231,45 +255,44 @@ def optimal_lrp(evaluation) -> dict[str, float]:
 
     Oksuz et al., ECCV 2018; H-DETR Fig. 4. TP and FP are those of a COCOeval after `evaluate` (all areas, the 100 best
     detections of a class in an image, crowds ignored); the mean is over the classes with ground truth. A class without
-    detections, or better off without, has oLRP 1 and FN 1 and no Loc and FP: their means leave it out. As in COCO's
-    numbers, -1 is the mean of no class at all.
+    detections, or whose best threshold keeps none, has oLRP = FN = 1 but no Loc and no FP, and is left out of their
+    means. As in COCO's numbers, -1 is the mean of no class at all.
     """
-    params, found = evaluation.params, [np.zeros((0, 4))]
+    params, of_classes = coco_eval.params, []
     for k in range(len(params.catIds)):
-        first = k * len(params.areaRng) * len(params.imgIds)   # of the class's images; the first area is 'all'
-        results = [r for r in evaluation.evalImgs[first:first + len(params.imgIds)] if r]
+        first = k * len(params.areaRng) * len(params.imgIds)   # evalImgs is ordered by class, area ('all' first), image
+        results = [r for r in coco_eval.evalImgs[first:first + len(params.imgIds)] if r]
         targets = sum(int((r['gtIgnore'] == 0).sum()) for r in results)
         if not targets:
             continue
         pairs = [(math.inf, 0, 0.0)]   # score, is it a TP, 1 - IoU; the first is the threshold above all scores
         for r in results:
             key = r['image_id'], r['category_id']
-            column = {gt['id']: j for j, gt in enumerate(evaluation._gts[key])}
-            at_half = zip(r['dtScores'], r['dtMatches'][0], r['dtIgnore'][0])   # the first IoU threshold is 0.5
-            pairs += [(score, 1, 1 - evaluation.ious[key][i][column[gt]]) if gt else (score, 0, 0.0)
+            column = {gt['id']: j for j, gt in enumerate(coco_eval._gts[key])}
+            # The first IoU threshold is 0.5; dtMatches holds the id of the ground truth, 0 for none.
+            at_half = zip(r['dtScores'], r['dtMatches'][0], r['dtIgnore'][0])
+            pairs += [(score, 1, 1 - coco_eval.ious[key][i][column[gt]]) if gt else (score, 0, 0.0)
                       for i, (score, gt, ignored) in enumerate(at_half) if not ignored]
-        score, hit, error = np.array(sorted(pairs, key=lambda pair: -pair[0])).T
-        tp, fp, error = hit.cumsum(), (1 - hit).cumsum() - 1, error.cumsum()   # -1: the first is no detection
-        lrp = (error / 0.5 + fp + targets - tp) / (targets + fp)
-        lrp[:-1][score[:-1] == score[1:]] = math.inf   # a threshold cannot divide equal scores
-        with np.errstate(invalid='ignore'):   # 0 / 0 is nan: without a TP, which is best only without any detection
-            found.append(np.stack([lrp, error / tp, fp / (tp + fp), 1 - tp / targets], 1)[[lrp.argmin()]])
-    known = [column[~np.isnan(column)] for column in np.concatenate(found).T]
-    return {name: float(column.mean()) if len(column) else -1.0
-            for name, column in zip(('oLRP', 'oLRP_Loc', 'oLRP_FP', 'oLRP_FN'), known)}
+        score, hit, error = np.array(sorted(pairs, reverse=True)).T
+        tp, error = hit.cumsum(), error.cumsum()            # of the detections down to each threshold
+        fp, fn = np.arange(len(hit)) - tp, targets - tp     # the first is no detection
+        lrp = (error / 0.5 + fp + fn) / (tp + fp + fn)
+        lrp[:-1][score[:-1] == score[1:]] = math.inf        # a threshold cannot divide equal scores
+        with np.errstate(invalid='ignore'):                 # 0 / 0 is nan: no TP, no Loc; no detection, no FP
+            parts = np.stack([lrp, error / tp, fp / (tp + fp), fn / targets])
+        of_classes.append(parts[:, lrp.argmin()])
+    columns = np.reshape(of_classes, (-1, 4)).T
+    return {name: float(np.nanmean(column)) if not np.isnan(column).all() else -1.0
+            for name, column in zip(('oLRP', 'oLRP_Loc', 'oLRP_FP', 'oLRP_FN'), columns)}
 
 
 # --- How stable the matching is -------------------------------------------------------------------------------------
 
-def cost_of(settings: dict) -> Cost:
-    """The matching cost that a detector is trained with, by the flags of train.py; the plain one without any."""
-    default = Cost()
-    return Cost(settings.get('cost', default.kind), settings.get('cost_class', default.class_weight),
-                settings.get('f2', default.f2), settings.get('official_losses', False),
-                settings.get('cls_loss') == 'ce')
+def columns_of(dataset: Dataset, ids: list[int]) -> Tensor:
+    """The class column of each label of the data set."""
+    return torch.tensor([ids.index(category_id) for category_id in dataset.categories.ids])
 
 
-@torch.inference_mode()
 def unstable_score(model: HybridDETR, dataset: Dataset, ids: list[int], n_images: int = 20, cost: Cost = Cost(), *,
                    batch_size: int = 1, workers: int = 0) -> list[float]:
     """Stable-DINO §2.4.3, Fig. 3: for each decoder layer the percentage of ground truths whose query is another one
@@ -279,27 +302,27 @@ def unstable_score(model: HybridDETR, dataset: Dataset, ids: list[int], n_images
     training. The paper's example is one image; this is the percentage of all ground truths of the first n_images, and
     an empty list without any. ids: of the class columns. The model is left as it was.
     """
-    column_of = torch.tensor([ids.index(category_id) for category_id in dataset.categories.ids])
-    device, was_training, changed, total = next(model.parameters()).device, model.training, 0, 0
-    model.eval()
-    for batch in val_loader(FirstImages(dataset, n_images), batch_size, workers):
-        batch = batch.to(device)
-        outputs = model(batch.images, batch.padding_mask, 0)   # of one group, so the encoder has one head
-        L, _, n, _ = outputs.pred_logits.shape
-        chosen = outputs.encoder_logits[..., 0].topk(n, 2).indices[..., None]   # (1, B, n, 1), as in HybridDETR.select
-        proposals = [x.gather(2, chosen.expand(-1, -1, -1, x.shape[3])) for x in outputs[2:4]]
-        groups = query_groups('one2one', L, n=n)
-        try:
-            columns = [column_of.to(device)[labels] for labels in batch.gt_labels]
-            decoder, encoder = match(*outputs[:2], *proposals, columns, batch.gt_boxes, groups,
-                                     encoder_groups(groups, 1, n), cost)
-        except FloatingPointError as error:
-            raise UserError(f'{batch.names[0]}: {error}') from None
-        query = torch.full((L + 1, sum(map(len, batch.gt_labels))), -1, device=device)   # -1: more objects than queries
-        query[0, encoder.gt] = encoder.query
-        query[decoder.layer + 1, decoder.gt] = decoder.query
-        changed, total = changed + (query[1:] != query[:-1]).sum(1), total + query.shape[1]
-    model.train(was_training)
+    changed, total = 0, 0
+    with evaluating(model) as device:
+        columns = columns_of(dataset, ids).to(device)
+        for batch in val_loader(FirstImages(dataset, n_images), batch_size, workers):
+            batch = batch.to(device)
+            outputs = model(batch.images, batch.padding_mask, 0)   # of one group, so the encoder has one head
+            L, _, n, _ = outputs.pred_logits.shape
+            chosen = outputs.encoder_logits[..., 0].topk(n, dim=2).indices[..., None]   # (1, B, n, 1), as in `select`
+            proposals = [x.gather(2, chosen.expand(-1, -1, -1, x.shape[3]))
+                         for x in (outputs.encoder_logits, outputs.encoder_boxes)]
+            groups = query_groups('one2one', L, n=n)
+            try:
+                decoder, encoder = match(*outputs[:2], *proposals, [columns[labels] for labels in batch.gt_labels],
+                                         batch.gt_boxes, groups, encoder_groups(groups, 1, n), cost)
+            except FloatingPointError as error:
+                raise UserError(f'{batch.names[0]}: {error}') from None
+            # (L + 1, objects), the encoder's first; -1 where there are more objects than queries.
+            query = torch.full((L + 1, sum(map(len, batch.gt_labels))), -1, device=device)
+            query[0, encoder.gt] = encoder.query
+            query[decoder.layer + 1, decoder.gt] = decoder.query
+            changed, total = changed + (query[1:] != query[:-1]).sum(1), total + query.shape[1]
     return (100 * changed / total).tolist() if total else []
 
 
@@ -311,57 +334,60 @@ def as_picture(image: Tensor) -> Tensor:
     return v2.functional.to_dtype((image * std + mean).clamp(0, 1), torch.uint8, scale=True).cpu()
 
 
-# Okabe and Ito's colours, told apart by the colour-blind and in print; a class keeps its colour in both pictures.
+# Okabe and Ito's colours, told apart by the colour-blind and in print; a class keeps its colour left and right.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442', '#000000')
+
+
+def corners_in(boxes: Tensor, width: int, height: int) -> Tensor:
+    """Boxes (M,4) as fractions -> their corners in the pixels of a picture, (M,4)."""
+    return box_convert(boxes.cpu(), 'cxcywh', 'xyxy').clamp(0, 1) * torch.tensor([width - 1, height - 1] * 2)
 
 
 def draw_boxes(picture: Tensor, boxes: Tensor, labels: list[int], texts: list[str]) -> Tensor:
     """uint8 (3,H,W) and boxes (M,4) as fractions -> the picture with boxes and texts, its short side at least 384."""
-    scale = max(1, -(-384 // min(picture.shape[1:])))
+    scale = max(1, math.ceil(384 / min(picture.shape[1:])))   # pixels stay square, and the texts readable
     picture = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if not len(boxes):
         return picture
     height, width = picture.shape[1:]
-    corners = box_convert(boxes.cpu(), 'cxcywh', 'xyxy').clamp(0, 1) * torch.tensor([width - 1, height - 1] * 2)
     colours = [COLOURS[label % len(COLOURS)] for label in labels]
-    return draw_bounding_boxes(picture, corners, texts, colors=colours, width=2, label_colors='white',
-                               label_background_colors=colours, fill_labels=True)
+    return draw_bounding_boxes(picture, corners_in(boxes, width, height), texts, colors=colours, width=2,
+                               label_colors='white', label_background_colors=colours, fill_labels=True)
 
 
 def save_grid(rows: list[list[Tensor]], path: Path) -> None:
     """Save a PNG of pictures, uint8 (3,H,W) each, row by row with white between them."""
-    def joined(pictures, across):   # along the width or the height
-        side = max(picture.shape[3 - across] for picture in pictures)
-        padded = [v2.functional.pad(p, [0, 0, 8, side - p.shape[1]] if across == 2 else [0, 0, side - p.shape[2], 8],
-                                    fill=255) for p in pictures]
-        return torch.cat(padded, across)
-    grid = joined([joined(row, 2) for row in rows], 1)
+    def padded(picture, height, width):
+        return v2.functional.pad(picture, [0, 0, width - picture.shape[2], height - picture.shape[1]], fill=255)
+    lines = []
+    for row in rows:
+        height = max(picture.shape[1] for picture in row) + 8
+        lines.append(torch.cat([padded(picture, height, picture.shape[2] + 8) for picture in row], 2))
+    width = max(line.shape[2] for line in lines)
+    grid = torch.cat([padded(line, line.shape[1], width) for line in lines], 1)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
-@torch.inference_mode()
 def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: Path, n: int = 4,
                      threshold: float = 0.3, nms: float | None = None, group: int = 0) -> None:
     """Save a PNG, a row for each of the first n images: ground truth left, predictions of score >= threshold right."""
-    device, was_training, rows = next(model.parameters()).device, model.training, []
-    names = dict(zip(dataset.categories.ids, dataset.categories.names))
-    model.eval()
-    for batch in val_loader(FirstImages(dataset, n), 1, 0):
-        outputs = model(batch.images.to(device), batch.padding_mask.to(device), group)
-        (scores, labels, boxes), = detections(outputs, [(1, 1)], nms=nms, softmax=model.softmax)
-        good = scores >= threshold
-        shown = [dataset.categories.label_of.get(ids[label], 0) for label in labels[good].tolist()]
-        texts = [f'{names.get(ids[label], ids[label])} {score:.2f}'
-                 for label, score in zip(labels[good].tolist(), scores[good].tolist())]
-        picture, truth = as_picture(batch.images[0]), batch.gt_labels[0].tolist()
-        pair = [draw_boxes(picture, batch.gt_boxes[0], truth, [dataset.categories.names[label] for label in truth]),
-                draw_boxes(picture, box_convert(boxes[good], 'xyxy', 'cxcywh'), shown, texts)]
-        rows.append(pair)
-    model.train(was_training)
+    rows, categories = [], dataset.categories
+    names = dict(zip(categories.ids, categories.names))
+    with evaluating(model) as device:
+        for batch in val_loader(FirstImages(dataset, n), 1, 0):
+            outputs = model(batch.images.to(device), batch.padding_mask.to(device), group)
+            # As if the image had one pixel: so the boxes stay fractions.
+            (scores, labels, boxes), = detections(outputs, [(1, 1)], nms=nms, softmax=model.softmax)
+            good = scores >= threshold
+            found = [ids[column] for column in labels[good].tolist()]   # an official column may be no category here
+            texts = [f'{names.get(i, i)} {score:.2f}' for i, score in zip(found, scores[good].tolist())]
+            picture, truth = as_picture(batch.images[0]), batch.gt_labels[0].tolist()
+            rows.append([draw_boxes(picture, batch.gt_boxes[0], truth, [categories.names[label] for label in truth]),
+                         draw_boxes(picture, box_convert(boxes[good], 'xyxy', 'cxcywh'),
+                                    [categories.label_of.get(i, 0) for i in found], texts)])
     save_grid(rows, path)
 
 
-@torch.inference_mode()
 def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str, index: int,
                  cost: Cost = Cost()) -> None:
     """Save a PNG of one image, again and again: whom each scheme makes answer for whom, given the same predictions.
@@ -370,70 +396,70 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
     copies where copies are. A line leads from the centre of a query's box to the ground truth that it has to find, in
     the colour of its group. Raises UserError for an image without objects, or for fewer than 4 queries.
     """
-    sample, device, was_training = dataset[0, index], next(model.parameters()).device, model.training
-    batch = collate([sample]).to(device)
-    model.eval()
-    outputs = model(batch.images, batch.padding_mask, 0)
-    model.train(was_training)
-    N, M = outputs.pred_boxes.shape[2], len(sample.boxes)
-    if not M or N < 4:
-        raise UserError(f'--matches: {sample.name} has {M} objects, the model {N} queries; it takes one and four')
-    columns = torch.tensor([ids.index(dataset.categories.ids[label]) for label in sample.labels.tolist()])
-    costs = [matching_cost(outputs.pred_logits[-1:, 0], outputs.pred_boxes[-1:, 0], columns.to(device),
-                           batch.gt_boxes[0], cost).cpu()]
-    q, found = N // 4, outputs.pred_boxes[-1, 0].cpu()
-    panels = {f'one2one: {N} queries': dict(scheme='one2one', n=N),
-              f'one2many (also epoch at first, and the first layers of layer): {N} queries, K = 3':
-              dict(scheme='one2many', n=N, K=3),
-              f'branch: {q} queries | T = {N - q} queries, K = 3': dict(scheme='branch', n=q, T=N - q, K=3),
-              f'group: G = 4 groups of {q} queries': dict(scheme='group', n=q, G=4)}
-    photograph, pictures = dataset.load(index)[0].convert('L').convert('RGB'), []   # grey, so that the colours tell
-    photograph = photograph.resize([round(side * 1200 / max(photograph.size)) for side in photograph.size])
-    (width, height), font = photograph.size, ImageFont.load_default(size=30)
-    for title, row in panels.items():
+    batch = collate([dataset[0, index]])   # of epoch 0
+    with evaluating(model) as device:
+        outputs = model(batch.images.to(device), batch.padding_mask.to(device), 0)
+        N, truths = outputs.pred_boxes.shape[2], batch.gt_boxes[0]
+        if not len(truths) or N < 4:
+            raise UserError(f'--matches: {batch.names[0]} has {len(truths)} objects and the model {N} queries; 1 and 4 '
+                            'are the least')
+        columns = columns_of(dataset, ids)[batch.gt_labels[0]].to(device)
+        costs = matching_cost(outputs.pred_logits[-1:, 0], outputs.pred_boxes[-1:, 0], columns, truths.to(device), cost)
+    q, title_height = N // 4, 50   # `group` leaves up to 3 queries over
+    panels = [(f'one2one: {N} queries', dict(scheme='one2one', n=N)),
+              (f'one2many (also epoch at first, and the first layers of layer): {N} queries, K = 3',
+               dict(scheme='one2many', n=N, K=3)),
+              (f'branch: {q} queries | T = {N - q} queries, K = 3', dict(scheme='branch', n=q, T=N - q, K=3)),
+              (f'group: G = 4 groups of {q} queries', dict(scheme='group', n=q, G=4))]
+    photograph = dataset.load(index)[0].convert('L').convert('RGB')   # grey, so that the colours tell
+    scale = 1200 / max(photograph.size)
+    width, height = (round(side * scale) for side in photograph.size)
+    found, truths = (corners_in(x, width, height) + torch.tensor([0, title_height] * 2)
+                     for x in (outputs.pred_boxes[-1, 0], truths))
+    pictures = []
+    for title, row in panels:
         groups = query_groups(layers=1, **row)
-        picture = Image.new('RGB', (width, height + 50), 'white')
-        picture.paste(photograph, (0, 50))
-        pen = ImageDraw.Draw(picture)
-        pen.text((0, 22), title, 'black', font, anchor='lm')
-
-        def box(cxcywh, colour, thick):
-            x0, y0, x1, y1 = (box_convert(cxcywh, 'cxcywh', 'xyxy').clamp(0, 1) *
-                              torch.tensor([width - 1, height - 1] * 2)).tolist()
-            pen.rectangle((x0, y0 + 50, x1, y1 + 50), outline=colour, width=thick)
-            return (x0 + x1) / 2, (y0 + y1) / 2 + 50
-
-        for truth in sample.boxes:
-            box(truth, 'white', 12)
-            box(truth, 'black', 6)
         group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
-        matches = assign(costs, groups)
+        picture = Image.new('RGB', (width, height + title_height), 'white')
+        picture.paste(photograph.resize((width, height)), (0, title_height))
+        pen = ImageDraw.Draw(picture)
+        pen.text((0, 22), title, 'black', ImageFont.load_default(size=30), anchor='lm')
+        for truth in truths.tolist():
+            pen.rectangle(truth, outline='white', width=12)
+            pen.rectangle(truth, outline='black', width=6)
+        matches = assign([costs.cpu()], groups)
         for query, gt in zip(matches.query.tolist(), matches.gt.tolist()):
             colour = COLOURS[group_of[query]]
-            ends = box(found[query], colour, 3), box(sample.boxes[gt], None, 1)
-            pen.line(ends, 'white', 9)
-            pen.line(ends, colour, 5)
-            pen.ellipse([ends[0][i] + d for d in (-11, 11) for i in (0, 1)], colour, 'white', 3)
+            (x, y), end = ((box[:2] + box[2:]).div(2).tolist() for box in (found[query], truths[gt]))   # the centres
+            pen.rectangle(found[query].tolist(), outline=colour, width=3)
+            pen.line((x, y, *end), 'white', 9)
+            pen.line((x, y, *end), colour, 5)
+            pen.ellipse((x - 11, y - 11, x + 11, y + 11), colour, 'white', 3)
         pictures.append(v2.functional.pil_to_tensor(picture.reduce(2)))
     save_grid([pictures[:2], pictures[2:]], Path(path))
 
 
-def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple[float, float], path: str) -> None:
+def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limits: tuple | None = None) -> None:
     """Save a PNG of lines {text: (x values, y values)}; names and limits: of the x and y axis, which start at 0."""
     image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
-    top = 120 + 50 * -(-len(lines) // 3)
+    top = 120 + 50 * math.ceil(len(lines) / 3)
+    # 1e-3: an axis of zeros would have no scale.
+    limits = limits or [max(1e-3, *(max(values[axis]) for values in lines.values())) for axis in (0, 1)]
 
     def at(x, y):
         return 130 + 1420 * x / limits[0], 1060 - (1060 - top) * y / limits[1]
 
-    for axis, limit in enumerate(limits):
-        step = next(step for power in range(-3 if limit <= 1 else 0, 9) for digit in (1, 2, 5)   # layers are whole
-                    if limit / (step := digit * 10.0 ** power) <= 6)
-        for tick in np.arange(0, limit * 1.001, step):
-            (x, y), text = at(*((tick, 0) if axis == 0 else (0, tick))), f'{tick:.4g}'
-            pen.line((x, y, *(at(tick, limits[1]) if axis == 0 else at(limits[0], tick))), '#DDDDDD', 2)
-            pen.text((x, y + 16) if axis == 0 else (x - 16, y), text, 'black', font, anchor='mt' if axis == 0 else 'rm')
+    def ticks(limit):   # up to 6 round steps; whole ones, as for layers, where the axis is longer than 1
+        steps = [digit * 10.0 ** power for power in range(-3 if limit <= 1 else 0, 9) for digit in (1, 2, 5)]
+        return np.arange(0, limit * 1.001, next(step for step in steps if limit / step <= 6))
+
+    for tick in ticks(limits[0]):
+        pen.line((*at(tick, 0), *at(tick, limits[1])), '#DDDDDD', 2)
+        pen.text((at(tick, 0)[0], 1076), f'{tick:.4g}', 'black', font, anchor='mt')
+    for tick in ticks(limits[1]):
+        pen.line((*at(0, tick), *at(limits[0], tick)), '#DDDDDD', 2)
+        pen.text((114, at(0, tick)[1]), f'{tick:.4g}', 'black', font, anchor='rm')
     pen.line((at(0, limits[1]), at(0, 0), at(limits[0], 0)), 'black', 4)
     pen.text((at(limits[0] / 2, 0)[0], 1180), names[0], 'black', font, anchor='mb')
     pen.text((20, top - 40), names[1], 'black', font, anchor='lm')
@@ -445,7 +471,7 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple[fl
     image.reduce(2).save(path)
 
 
-def draw_curve(precision: np.ndarray, path: str) -> None:
+def draw_precision_recall(precision: np.ndarray, path: str) -> None:
     """Save a PNG of precision over recall (H-DETR Fig. 7), the mean over the classes with ground truth.
 
     precision (IoU thresholds, recalls, classes) of COCOeval, -1 for a class without ground truth. The area under a
@@ -454,11 +480,27 @@ def draw_curve(precision: np.ndarray, path: str) -> None:
     precision = precision[:, :, (precision > -1).all((0, 1))]
     if not precision.size:
         raise UserError(f'{path}: without ground truth there is no precision-recall curve')
-    curves = precision.mean(2)   # IoU 0.50, 0.55, ... 0.95
-    curves = {'IoU 0.5': curves[0], 'IoU 0.75': curves[5], 'mean of 0.5-0.95': curves.mean(0)}
+    of_ious = precision.mean(2)   # IoU 0.50, 0.55, ... 0.95
+    curves = {'IoU 0.5': of_ious[0], 'IoU 0.75': of_ious[5], 'mean of 0.5-0.95': of_ious.mean(0)}
     recall = np.linspace(0, 1, precision.shape[1])
     draw_lines({f'{name}: AP {curve.mean():.3f}': (recall, curve) for name, curve in curves.items()},
-               ('recall', 'precision'), (1, 1), path)
+               ('recall', 'precision'), path, limits=(1, 1))
+
+
+# --- Several runs side by side --------------------------------------------------------------------------------------
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics file. The last line of a killed run may be torn; another bad one raises UserError."""
+    lines, records = path.read_text(errors='replace').splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record['step'] + 0   # fails unless it is an object with this number
+            records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):
+                raise UserError(f'line {number} of {path} is no record of a training step') from None
+    return records
 
 
 def compare(folders: list[str], picture: str | None = None, unstable: str | None = None) -> None:
@@ -495,15 +537,13 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
     print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds')
     if picture:
-        draw_lines(lines, ('steps', 'AP'), (max(x[-1] for x, _ in lines.values()),
-                                            max(1e-3, *(max(y) for _, y in lines.values()))), picture)
+        draw_lines(lines, ('steps', 'AP'), picture)
         print(f'picture: {picture}')
     if unstable:
         for name, scores in of_layers.items():
             print(f'{name}: unstable score of layer 1 to {len(scores)}: {", ".join(f"{x:.1f} %" for x in scores)}')
         draw_lines({name: (range(1, len(scores) + 1), scores) for name, scores in of_layers.items()},
-                   ('decoder layer', 'unstable score, %'), (max(map(len, of_layers.values())),
-                                                            max(1e-3, *map(max, of_layers.values()))), unstable)
+                   ('decoder layer', 'unstable score, %'), unstable)
         print(f'picture: {unstable}')
 
 
@@ -518,9 +558,10 @@ def published_loss(outputs: Outputs, gt_labels: list[Tensor], gt_boxes: list[Ten
     total, first = 0.0, 0
     calls = [(outputs.encoder_logits[0], outputs.encoder_boxes[0], 1, 1.0, [torch.zeros_like(x) for x in gt_labels])]
     for group in groups:
-        rows = slice(first, first := first + group.queries)
+        rows = slice(first, first + group.queries)
         calls += [(logits[:, rows], boxes[:, rows], copies, group.weight, gt_labels) for logits, boxes, copies in
                   zip(outputs.pred_logits, outputs.pred_boxes, group.copies)]
+        first += group.queries
     for logits, boxes, copies, weight, labels in calls:
         B, n, C = logits.shape
         labels, targets = [x.repeat(copies) for x in labels], [x.repeat(copies, 1) for x in gt_boxes]
@@ -566,23 +607,9 @@ def published_deformable_attention(value: Tensor, shapes, locations: Tensor, wei
     return out.view(B, heads * d, -1).transpose(1, 2)
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Where --amp is the default: on a CUDA device that computes in bfloat16 and does not only emulate it."""
-    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def compile_attention(device: torch.device) -> None:
-    """--compile, for this process. Raises UserError if torch has no compiler to work with."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except RuntimeError as error:   # the first of many lines says what is missing
-        raise UserError(f'--compile: torch cannot compile here ({str(error).splitlines()[0]}): install what it names, '
-                        'or leave the flag out') from None
-    hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
-
-
 class Clock:
-    """Seconds of each stage of a row's steps; waits for the GPU at the end of a stage."""
+    """A stopwatch: seconds of named stages, round by round. It waits for the GPU, which is still busy when Python goes
+    on."""
 
     def __init__(self, device: torch.device):
         self.device, self.rounds = device, []
@@ -592,10 +619,9 @@ class Clock:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def start(self) -> 'Clock':
+    def start(self) -> None:
         self.rounds.append({})
         self.last = self.now()
-        return self
 
     def tick(self, stage: str) -> None:
         now = self.now()
@@ -620,12 +646,12 @@ class BenchmarkRow:
     """
 
     def __init__(self, given: dict, num_classes: int, device: torch.device, amp: bool):
-        import train   # which imports this file
+        import train   # not at the top: train imports this file
         given = dict(given)
         checkpointed, self.published = (given.pop(x, False) for x in ('checkpoint_activations', 'published'))
         self.settings, self.amp, self.device = train.complete(given), amp, device
         torch.manual_seed(0)
-        # As in training; only that the weights of a pretrained backbone need not be there to take their time.
+        # Random weights: a pretrained backbone takes as long, and need not be downloaded.
         self.model = HybridDETR(**train.architecture(self.settings, num_classes)).to(device).train()
         self.model.checkpoint_activations = checkpointed
         self.model.backbone.to(memory_format=torch.channels_last)
@@ -706,7 +732,7 @@ def benchmark_rows(kind: str, tiny: bool) -> dict[str, dict]:
         return {f'branch, T = {m * n}': dict(scheme='branch', T=m * n)
                 for m in ((0, 1, 2, 3, 4, 5) if tiny else (0, 1, 3, 5, 7, 11))}   # tiny has 336 tokens
     if kind == 'groups':
-        return {f'group, G = {G}': dict(scheme='group', G=G) for G in (1, 2, 4, 7, 10, 13)}
+        return {f'group, G = {groups}': dict(scheme='group', G=groups) for groups in (1, 2, 4, 7, 10, 13)}
     return {'one2one': dict(scheme='one2one'), f'one2one, n = {n + T}': dict(scheme='one2one', n=n + T),
             f'one2one, n = {n * G}': dict(scheme='one2one', n=n * G),
             **{scheme: dict(scheme=scheme) for scheme in rows if scheme != 'one2one'},
@@ -719,22 +745,22 @@ def benchmark(args: argparse.Namespace) -> None:
     """Print time and memory of training steps: in every round a step of each row, on the same batch, so that a slower
     moment of the machine slows all of them, and ratios within a round mean something."""
     device, rows = torch.device(args.device), benchmark_rows(args.benchmark, args.model == 'tiny')
-    amp = has_bfloat16(device) if args.amp is None else args.amp
+    import train   # not at the top: train imports this file
+    amp = train.has_bfloat16(device) if args.amp is None else args.amp
     if args.compile:
-        compile_attention(device)
+        train.compile_attention(device)
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')   # as in training
     common = {'model': args.model, 'data': args.data or 'shapes'}
     if args.image_size:
         common['image_size'] = args.image_size
-    first = next(iter(rows))
+    first = next(iter(rows))   # which always runs: ratios are against it
     if args.rows:
         wanted = {part: [name for name in rows if part in name] for part in args.rows.split(',')}
         for part, found in wanted.items():
             if not found:
                 raise UserError(f'--rows {part}: is in none of {", ".join(rows)}')
         rows = {name: rows[name] for name in rows if name == first or any(name in found for found in wanted.values())}
-    import train
     settings = train.complete({**common, **rows[first]})
     batch_size = args.batch_size or settings['batch_size']
     dataset = open_dataset(settings['data'], 'train', settings['image_size'], augment=True)
@@ -789,29 +815,34 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def benchmark_loss(args: argparse.Namespace) -> None:
     """Print the time of matching, loss and their backward at the paper's size, here and as published."""
-    device, made = torch.device(args.device), torch.Generator().manual_seed(0)
+    device, rng = torch.device(args.device), torch.Generator().manual_seed(0)
     L, B, C, S, M = 6, 2, 91, 13294, 7   # S: tokens of an image of 800 x 800; M: boxes of an image, COCO's mean
 
+    def logits(*shape):   # - 4: scores near 0.02, as of background
+        return (torch.randn(*shape, generator=rng) - 4).to(device).requires_grad_()
+
     def boxes(*shape):
-        return torch.cat([torch.rand(*shape, 2, generator=made) * 0.6 + 0.2, torch.rand(*shape, 2, generator=made) * 0.3
-                          + 0.05], -1).to(device).requires_grad_()
+        centre = torch.rand(*shape, 2, generator=rng) * 0.6 + 0.2
+        size = torch.rand(*shape, 2, generator=rng) * 0.3 + 0.05
+        return torch.cat([centre, size], -1).to(device).requires_grad_()
 
     groups = query_groups('branch', L, n=300, T=1500, K=6)
     tokens = encoder_groups(groups, 1, S)
-    outputs = Outputs(*(x for N, l in ((1800, L), (S, 1)) for x in (
-        (torch.randn(l, B, N, C, generator=made) - 4).to(device).requires_grad_(), boxes(l, B, N))))
-    labels, gt = [torch.randint(C, (M,), generator=made).to(device) for _ in range(B)], [*boxes(B, M).detach()]
-    clocks, values = {'here': Clock(device), 'as published': Clock(device)}, {}
+    outputs = Outputs(logits(L, B, 1800, C), boxes(L, B, 1800), logits(1, B, S, C), boxes(1, B, S))
+    labels, gt = [torch.randint(C, (M,), generator=rng).to(device) for _ in range(B)], [*boxes(B, M).detach()]
+
+    def here():
+        matches = match(*outputs, labels, gt, groups, tokens)
+        return sum(criterion(outputs, labels, gt, *matches, groups, tokens, B * M)[0].values())
+
+    ways = {'here': here, 'as published': lambda: published_loss(outputs, labels, gt, groups, B * M)}
+    clocks, values = {name: Clock(device) for name in ways}, {}
     for _ in range(args.repeats + 1):
-        for name, clock in clocks.items():
-            clock.start()
-            if name == 'here':
-                matches = match(*outputs, labels, gt, groups, tokens)
-                loss = sum(criterion(outputs, labels, gt, *matches, groups, tokens, B * M)[0].values())
-            else:
-                loss = published_loss(outputs, labels, gt, groups, B * M)
+        for name, loss_of in ways.items():
+            clocks[name].start()
+            loss = loss_of()
             torch.autograd.grad(loss, outputs)
-            clock.tick('all')
+            clocks[name].tick('all')
             values[name] = loss.item()
     seconds = {name: clock.seconds() for name, clock in clocks.items()}
     ratio = [b / a for a, b in zip(*seconds.values())]
@@ -822,23 +853,10 @@ def benchmark_loss(args: argparse.Namespace) -> None:
 
 # --- The command ----------------------------------------------------------------------------------------------------
 
-def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int) -> list[int]:
-    """The category id of every class column. Raises UserError if the model was trained for other categories."""
-    theirs = dataset.categories
-    if model_categories is None:   # an official checkpoint: column c is COCO's raw category id c, 0 and the gaps unused
-        if max(theirs.ids) >= columns:
-            raise UserError(f'the checkpoint has {columns} columns for category ids, the data has id {max(theirs.ids)}')
-        return list(range(columns))
-    if (model_categories.ids, model_categories.names) != (theirs.ids, theirs.names):
-        ours, data = (f'{len(c)} classes, {", ".join(c.names[:4])}.. with ids {c.ids[:4]}..'
-                      for c in (model_categories, theirs))
-        raise UserError(f'the checkpoint detects {ours}, the data has {data}')
-    return theirs.ids
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--weights', help='checkpoint of train.py or of HDETR/H-Deformable-DETR')
+    parser = argparse.ArgumentParser(description=__doc__.split('\nRead ')[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--weights', metavar='FILE', help='checkpoint of train.py or of HDETR/H-Deformable-DETR')
     parser.add_argument('--data', help="'shapes' or a folder in the COCO layout (default what it was trained on)")
     parser.add_argument('--split', choices=('val', 'train'),
                         help='part of the data (default val; of an --overfit run the images it was trained on)')
@@ -852,7 +870,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--group', type=int, default=0, help='query group to evaluate (default 0, the detector)')
     parser.add_argument('--nms', type=float, help='remove boxes that overlap a better one of their class at this IoU')
     parser.add_argument('--per-class', action='store_true', help='print the AP of each class')
-    parser.add_argument('--save-json', help="write the detections in COCO's results format to this file")
+    parser.add_argument('--save-json', metavar='FILE',
+                        help="write the detections in COCO's results format to this file")
     parser.add_argument('--unstable', type=int, default=0, metavar='N',
                         help='match the first N images and print how many objects change their query from layer to '
                              'layer (the unstable score; the paper has N = 20)')
@@ -860,44 +879,48 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--pictures', type=int, default=0, metavar='N',
                         help='draw ground truth and predictions of N images')
     parser.add_argument('--matches', metavar='FILE',
-                        help='draw to this PNG whom each scheme would make answer for whom in one image, given the '
-                             'predictions of this model')
-    parser.add_argument('--image', type=int, default=0, metavar='N', help='that image of --matches (default 0)')
-    parser.add_argument('--picture-file', default='predictions.png', help='PNG to draw to (default predictions.png)')
+                        help='draw one image to this PNG: which query would answer for which object in each scheme, '
+                             'given the predictions of this model')
+    parser.add_argument('--image', type=int, default=0, metavar='N', help='which image --matches draws (default 0)')
+    parser.add_argument('--picture-file', metavar='FILE', default='predictions.png',
+                        help='PNG of --pictures (default predictions.png)')
     group = parser.add_argument_group('comparison of runs, instead of an evaluation')
-    group.add_argument('--compare', nargs='+', metavar='RUN', help='print the results of runs NAME-SEED, a row a NAME')
-    group.add_argument('--curves', metavar='FILE', help='and draw their AP over the steps to this PNG')
+    group.add_argument('--compare', nargs='+', metavar='RUN',
+                       help='folders of train.py, of which NAME-1, NAME-2, .. are seeds of one row')
+    group.add_argument('--curves', metavar='FILE', help='with --compare: draw AP over the steps to this PNG')
     group.add_argument('--unstable-curves', metavar='FILE',
-                       help='and the unstable score over the layers, of runs with --unstable')
+                       help='with --compare: draw the last unstable scores over the layers, of runs with --unstable')
     group = parser.add_argument_group('benchmark: time and memory of training, instead of an evaluation')
     group.add_argument('--benchmark', nargs='?', const='schemes', choices=('schemes', 'queries', 'groups', 'loss'),
                        help='a table of all schemes (default), of branch with more and more queries, of group with '
                             'more and more groups; or matching and loss alone')
     group.add_argument('--model', default='tiny', help='tiny, r50, or a ResNet or Swin of torchvision (default tiny)')
-    group.add_argument('--rows', help='only rows with one of these, separated by commas, in their names')
-    group.add_argument('--repeats', type=int, default=5, help='rounds that count (default 5)')
-    group.add_argument('--amp', action=argparse.BooleanOptionalAction, help='as in train.py')
-    group.add_argument('--compile', action='store_true', help='as in train.py')
+    group.add_argument('--rows', help='the first row, and those whose names contain one of these texts: a,b')
+    group.add_argument('--repeats', type=int, default=5, help='rounds, after one that warms up (default 5)')
+    group.add_argument('--amp', action=argparse.BooleanOptionalAction,
+                       help='forward in bfloat16 (default on CUDA that supports it)')
+    group.add_argument('--compile', action='store_true', help='compile the deformable attention, for CUDA')
     args = parser.parse_args(argv)
     modes = [name for name in ('weights', 'compare', 'benchmark') if getattr(args, name)]
     if len(modes) != 1:
-        parser.error('one of --weights, --compare and --benchmark is needed')
+        parser.error('exactly one of --weights, --compare and --benchmark is needed')
     machine = {'device', 'repeats', 'compile'}
     table = machine | {'data', 'image_size', 'batch_size', 'workers', 'amp', 'model', 'rows'}
     drawn = {'curves', 'unstable_curves'}
     means_something = {'weights': vars(args).keys() - drawn - {'model', 'rows', 'repeats', 'amp', 'compile'},
                        'compare': drawn, 'benchmark': machine if args.benchmark == 'loss' else table}[modes[0]]
-    for name, value in vars(args).items():   # nothing that is given is ignored
+    for name, value in vars(args).items():   # nothing is ignored
         if name not in (*modes, *means_something) and value != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")} has no meaning with --{modes[0]}'
                          + f' {args.benchmark}' * (modes[0] == 'benchmark'))
+    for name, needs in dict(image='matches', picture_file='pictures').items():
+        if getattr(args, name) != parser.get_default(name) and not getattr(args, needs):
+            parser.error(f'--{name.replace("_", "-")} has no meaning without --{needs}')
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.image and not args.matches:
-        raise UserError(f'--image {args.image}: only --matches looks at one image')
     if args.nms is not None and not 0 <= args.nms <= 1:
         raise UserError(f'--nms {args.nms}: is an IoU, 0 to 1')
     for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1,
@@ -923,12 +946,13 @@ def main(argv: list[str] | None = None) -> None:
     model, categories, settings = load_detector(args.weights)
     if not 0 <= args.group < len(model.groups):
         raise UserError(f'--group {args.group}: the model has groups 0 to {len(model.groups) - 1}')
-    name = args.data or settings.get('data')
-    if name is None:
+    data = args.data or settings.get('data')
+    if data is None:
         raise UserError('an official checkpoint does not say on what to evaluate: add --data COCO')
     size = args.image_size or settings.get('image_size', 800)
-    few = settings.get('overfit') and not args.data and not args.split   # trained on a few images: its own data
-    dataset = open_dataset(name, 'train' if few else args.split or 'val', size, seed=settings.get('seed', 0))
+    # A run with --overfit is judged by the images it saw, unless asked otherwise.
+    few = settings.get('overfit') and not args.data and not args.split
+    dataset = open_dataset(data, 'train' if few else args.split or 'val', size, seed=settings.get('seed', 0))
     if few:
         dataset = FirstImages(dataset, settings['overfit'])
         print(f'the {len(dataset)} images it was trained on:')
@@ -961,21 +985,21 @@ def main(argv: list[str] | None = None) -> None:
         print(f'picture: {args.picture_file}')
 
 
-def run_command(main) -> None:
+def run_command(command) -> None:
     """Run a command; what the user can mend ends it with one line and exit code 1."""
     try:
-        main()
+        command()
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError as error:   # of the GPU; the CPU's has no class of its own
-        sys.exit(f'{Path(sys.argv[0]).name}: the GPU is full; take a smaller --batch-size (in training with '
-                 f'--accumulate) or --checkpoint-activations ({str(error).splitlines()[0]})')
+        sys.exit(f'{Path(sys.argv[0]).name}: the GPU is full; take a smaller --batch-size, in training also '
+                 f'--accumulate or --checkpoint-activations ({str(error).splitlines()[0]})')
     except RuntimeError as error:
         reasons = {'gloo': 'another process of this run is gone, or does not answer; its own message says why',
                    'DataLoader worker': 'a process that loads images is gone; is the memory full? fewer --workers?',
                    'allocate memory': 'the memory is full'}
         reason = next((reason for text, reason in reasons.items() if text in str(error)),
-                      reasons['gloo'] if isinstance(error, torch.distributed.DistError) else None)
+                      reasons['gloo'] if isinstance(error, dist.DistError) else None)
         if not reason:
             raise
         sys.exit(f'{Path(sys.argv[0]).name}: {reason} ({str(error).splitlines()[0]})')

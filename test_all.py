@@ -2442,7 +2442,7 @@ class TestMeasures(unittest.TestCase):
         boxes = torch.cat([FixedImages.boxes[:1] + near, FixedImages.boxes[1:] + near])[[0, 4, 1, 5, 2, 6, 3, 7]]
         model, images = FixedModel(FixedImages.boxes.repeat(2, 1), [0, 1, 2, 3], boxes[None]), FixedImages()
         images.load = lambda index: (Image.new('RGB', (64, 64), 'white'), None, None, None)
-        evaluation.draw_matches(model, images, [1], str(folder / 'matches.png'), 0)
+        evaluation.draw_matches(model, data.FirstImages(images, 1), [1, 2, 3], str(folder / 'matches.png'), 0)
         image = np.array(Image.open(folder / 'matches.png').convert('RGB')).astype(int)
         height, width = (side // 2 for side in image.shape[:2])
 
@@ -2455,11 +2455,10 @@ class TestMeasures(unittest.TestCase):
                          [[True] + [False] * 4, [True] + [False] * 4, [True, True] + [False] * 3, [True] * 4 + [False]],
                          'the colours of the groups in the panels one2one, one2many, branch, group')
         with self.assertRaisesRegex(data.UserError, 'image 0 has 0 objects'):
-            evaluation.draw_matches(model, FixedImages(objects=0), [1], str(folder / 'no.png'), 0)
+            evaluation.draw_matches(model, FixedImages(objects=0), [1, 2, 3], str(folder / 'no.png'), 0)
 
     def test_bad_flags_are_refused(self):
-        for flags, message in ((['--image', '3'], '--image 3: only --matches'),
-                               (['--pr-curve', 'p.jpg'], '--pr-curve p.jpg: must end in .png'),
+        for flags, message in ((['--pr-curve', 'p.jpg'], '--pr-curve p.jpg: must end in .png'),
                                (['--pr-curve', '/nowhere/p.png'], 'the folder of /nowhere/p.png does not exist'),
                                (['--unstable', '-1'], '--unstable -1: must be at least 0')):
             with self.assertRaisesRegex(data.UserError, message):

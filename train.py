@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
+import hybrid_detr
 from data import DENSE, DenseOneToOne, FirstImages, UserError, open_dataset, train_loader
 from hybrid_detr import HybridDETR, Outputs, official_name
 from losses import F1, LossSettings, criterion
@@ -490,6 +491,21 @@ def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, opt
     return checkpoint['step']
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Where --amp is the default: on a CUDA device that computes in bfloat16 and does not only emulate it."""
+    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compile_attention(device: torch.device) -> None:
+    """--compile, for this process. Raises UserError if torch has no compiler to work with."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except RuntimeError as error:   # the first of many lines says what is missing
+        raise UserError(f'--compile: torch cannot compile here ({str(error).splitlines()[0]}): install what it names, '
+                        'or leave the flag out') from None
+    hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
+
+
 class Machine(NamedTuple):
     """Where and how a run computes: what is no setting of the training."""
     device: torch.device
@@ -508,7 +524,7 @@ def run_facts(checkpoint: dict | None, folder: Path, categories: dict, machine: 
                         f'{len(now)} ({", ".join(now[:4])}..): start anew with --init')
     amp = machine.amp
     if amp is None:
-        amp = (checkpoint or {}).get('amp', evaluation.has_bfloat16(machine.device))
+        amp = (checkpoint or {}).get('amp', has_bfloat16(machine.device))
     facts = {'processes': machine.world, 'amp': amp, 'images': images}
     for name, value in facts.items():
         if checkpoint and checkpoint.get(name, value) != value:
@@ -836,7 +852,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
         torch.set_float32_matmul_precision('high')   # TF32 in training; eval.py computes in full float32
     if given.pop('compile', False):
-        evaluation.compile_attention(device)
+        compile_attention(device)
     machine = Machine(device, given.pop('amp', None), given.pop('workers', 2),
                       given.pop('checkpoint_activations', False), int(os.environ.get('RANK', 0)),
                       int(os.environ.get('WORLD_SIZE', 1)))
