@@ -5,13 +5,15 @@
 
 A data set here has `categories`, `coco_json()` for the evaluation, and items `dataset[epoch, index]`: everything random
 about an item follows from (seed, epoch, index) alone, so it is the same in every process and after a resumed run.
-Those to train on also have `load(index)`, the image as stored, from which DenseOneToOne puts several images into one.
+All but DenseOneToOne also have `load(index)`, the image as stored, of which it puts several into one.
 """
 import json
 import math
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
@@ -93,35 +95,30 @@ def shape_mask(label: int, w: int, h: int) -> np.ndarray:
     """The pixels of a shape that touches all four sides of its (h, w) box: bool (h, w)."""
     x = (2 * np.arange(w) + 1) / w - 1          # pixel centres, -1..1
     y = (2 * np.arange(h)[:, None] + 1) / h - 1
-    name = SHAPES[label]
-    if name in ('disc', 'ring'):
-        radius = x * x + y * y
-        return radius <= 1 if name == 'disc' else (radius <= 1) & (radius >= 0.3)
-    if name == 'triangle':
-        return np.abs(x) <= np.maximum((y + 1) / 2 + 0.5 / h, 1.01 / w)
-    if name == 'cross':
-        return (np.abs(x) <= 0.34) | (np.abs(y) <= 0.34)
-    inside = np.ones((h, w), bool)
-    if name == 'frame':
-        inside[(np.abs(y[:, 0]) < 0.55).nonzero()[0][:, None], (np.abs(x) < 0.55).nonzero()[0]] = False
-    return inside
+    square = x * x + y * y
+    return {'disc': square <= 1, 'ring': (square <= 1) & (square >= 0.3), 'box': square >= 0,
+            'frame': (np.abs(x) >= 0.55) | (np.abs(y) >= 0.55),
+            'triangle': np.abs(x) <= np.maximum((y + 1) / 2 + 0.5 / h, 1.01 / w),   # a tip of a pixel touches its box
+            'cross': (np.abs(x) <= 0.34) | (np.abs(y) <= 0.34)}[SHAPES[label]]
 
 
 def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image `index` of a shapes set: -> uint8 (size,size,3), boxes_xyxy int (M,4), labels int (M,), 1 <= M <= 12.
 
-    Half of the objects stand close to another one of their own class and size, overlapping up to 40 % of the smaller:
-    crowds are where two queries want the same object, and so where matching schemes differ. Thin bars and blocks
-    of texture are no objects. The bits are the same on every machine: numpy's frozen RandomState and exact arithmetic.
+    Half of the tries put an object beside an earlier one of its class and about its size (a third of the objects end
+    so), overlapping up to 40 % of the smaller: crowds are where two queries want the same object, and so where matching
+    schemes differ. Thin bars and blocks of texture are no objects. The bits are the same on every machine: numpy's
+    frozen RandomState and exact arithmetic.
     """
     rng = np.random.RandomState([seed, index])
-    uniform = iter(rng.random_sample(1200)).__next__
+    uniform = iter(rng.random_sample(1200)).__next__   # one draw for all: more than an image can need
 
     def between(low, high):   # integer, both ends included
         return low + int(uniform() * (high - low + 1))
 
     # Background: two scales of texture in the middle greys, then bars.
-    coarse = rng.randint(70, 150, (4, 4, 3), np.int32).repeat(-(-size // 4), 0).repeat(-(-size // 4), 1)[:size, :size]
+    cell = math.ceil(size / 4)
+    coarse = rng.randint(70, 150, (4, 4, 3), np.int32).repeat(cell, 0).repeat(cell, 1)[:size, :size]
     fine = rng.randint(0, 40, (size // 8 + 1, size // 8 + 1, 3), np.int32).repeat(8, 0).repeat(8, 1)[:size, :size]
     image = coarse + fine
     for _ in range(between(0, 6)):
@@ -145,7 +142,7 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
             x, y = x0 + int(dx * w), y0 + int(dy * h)
         else:
             label, u = between(0, len(SHAPES) - 1), uniform()
-            side = low + (high - low) * u * u
+            side = low + (high - low) * u * u   # small objects are commoner
             w, h = int(side * (0.75 + 0.5 * uniform())), int(side * (0.75 + 0.5 * uniform()))
             x, y = between(0, size - w), between(0, size - h)
         if not (0 <= x <= size - w and 0 <= y <= size - h):
@@ -250,6 +247,7 @@ def resize_to(size: int) -> v2.Resize:
 
 
 def flips_and_colours(size: int, vertical_flip: bool) -> list:
+    """The flips of every training, and changed colours for small images: see `train_transforms`."""
     return [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if vertical_flip else []),
             *([v2.RandomPhotometricDistort()] if size < 480 else [])]
 
@@ -370,21 +368,21 @@ class CocoFolder(Dataset):
         index_of = {image_id: index for index, (image_id, *_) in enumerate(self.images)}
         rows = [(index_of[a['image_id']], a['category_id'], *a['bbox'], a.get('area', a['bbox'][2] * a['bbox'][3]),
                  a.get('iscrowd', 0)) for a in content['annotations']]
-        rows = np.array(rows, dtype=np.float64).reshape(-1, 8)
+        rows = np.array(rows, dtype=np.float64)
         self.rows = rows[np.argsort(rows[:, 0], kind='stable')]
-        self.first = np.searchsorted(self.rows[:, 0], np.arange(len(self.images) + 1))
-        sizes = np.array([(w, h, w, h) for _, _, h, w in self.images], dtype=np.float64).reshape(-1, 4)
-        corners = np.concatenate([self.rows[:, 2:4], self.rows[:, 2:4] + self.rows[:, 4:6]], 1)
-        outside = (corners[:, 2:] > 1.01 * sizes[self.rows[:, 0].astype(int), :2] + 1).any(1)
+        owner, low, sides = self.rows[:, 0].astype(int), self.rows[:, 2:4], self.rows[:, 4:6]
+        self.first_row = np.searchsorted(owner, np.arange(len(self.images) + 1))
+        sizes = np.array([(w, h) for _, _, h, w in self.images])[owner]
+        outside = (low + sides > 1.01 * sizes + 1).any(1)   # by more than what rounding and resized files explain
         if outside.mean() > 0.2:
             raise UserError(f'{file}: {outside.mean():.0%} of the boxes end outside their image: are they x1, y1, x2, '
                             'y2? COCO has x, y, width, height')
-        corners = corners.clip(0, sizes[self.rows[:, 0].astype(int)])
+        corners = np.concatenate([low, low + sides], 1).clip(0, np.tile(sizes, 2))
         self.usable = (self.rows[:, 7] == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
         if not self.usable.all():
-            first = self.images[int(self.rows[~self.usable][0, 0])][1]
+            example = self.images[owner[~self.usable][0]][1]
             print(f'{file}: {int((~self.usable).sum())} of {len(self.rows)} boxes are crowds or have no area in their '
-                  f'image and do not train; the first is in {first}')
+                  f'image and do not train; the first is in {example}')
         if not self.usable.any():
             raise UserError(f'{file} has no box with an area')
         self.corners = corners.astype(np.float32)
@@ -408,7 +406,7 @@ class CocoFolder(Dataset):
         if (image.height, image.width) != (height, width):
             raise UserError(f'{self.folder / name} has {image.width} x {image.height} pixels, its annotation file says '
                             f'{width} x {height}')
-        rows = slice(self.first[index], self.first[index + 1])
+        rows = slice(self.first_row[index], self.first_row[index + 1])
         usable = self.usable[rows]
         target = pixel_target(self.corners[rows][usable], self.labels[rows][usable], (height, width))
         return image, target, image_id, str(self.folder / name)
@@ -471,7 +469,7 @@ def mosaic(images: list[Image.Image], targets: list[dict], size: int) -> tuple[I
     canvas, boxes = Image.new('RGB', (2 * w, 2 * h)), []
     for (tile, target), corner in zip(tiles, ((0, 0), (w, 0), (0, h), (w, h))):
         canvas.paste(tile, corner)
-        boxes.append(target['boxes'].as_subclass(Tensor) + torch.tensor(corner * 2))
+        boxes.append(target['boxes'].as_subclass(Tensor) + torch.tensor(corner * 2))   # (x, y, x, y)
     return canvas, {'boxes': tv_tensors.BoundingBoxes(torch.cat(boxes), format='XYXY', canvas_size=(2 * h, 2 * w)),
                     'labels': torch.cat([target['labels'] for target in targets])}
 
@@ -542,35 +540,22 @@ class DenseOneToOne(Dataset):
 
 # --- Batches --------------------------------------------------------------------------------------------------------
 
-class TrainBatches(Sampler):
+def train_batches(n: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,
+                  dense: tuple[float, float] | None = None) -> Iterator[list[tuple]]:
     """The (epoch, index) pairs of this process for the steps start..steps-1: a new order each epoch, no image left out.
 
     Position p of the endless stream of images lies in epoch p // n. A run that starts at a later step therefore sees
     what an uninterrupted one would have seen, and W processes see together what one with W times the batch would.
     With `dense`, a part of the training such as DENSE, they are DenseOneToOne's triples: True within that part.
     """
+    @lru_cache(2)   # a batch may reach into the next epoch
+    def order(epoch: int) -> list[int]:
+        return np.random.RandomState([seed, epoch]).permutation(n).tolist()
 
-    def __init__(self, n: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0,
-                 world: int = 1, dense: tuple[float, float] | None = None):
-        super().__init__()
-        self.n, self.batch_size, self.steps, self.seed, self.dense = n, batch_size, steps, seed, dense
-        self.start, self.rank, self.world = start, rank, world
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self):
-        order_of = {}
-        for step in range(self.start, self.steps):
-            batch, first = [], (step * self.world + self.rank) * self.batch_size
-            flag = () if self.dense is None else (self.dense[0] <= step / self.steps < self.dense[1],)
-            for position in range(first, first + self.batch_size):
-                epoch, place = divmod(position, self.n)
-                if epoch not in order_of:
-                    order_of = {e: order_of[e] for e in order_of if e == epoch - 1}
-                    order_of[epoch] = np.random.RandomState([self.seed, epoch]).permutation(self.n)
-                batch.append((epoch, int(order_of[epoch][place]), *flag))
-            yield batch
+    for step in range(start, steps):
+        flag = () if dense is None else (dense[0] <= step / steps < dense[1],)
+        first = (step * world + rank) * batch_size
+        yield [(p // n, order(p // n)[p % n], *flag) for p in range(first, first + batch_size)]
 
 
 def ignore_interrupts(_worker: int) -> None:
@@ -585,7 +570,7 @@ def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, w
     A DataLoader draws a number from its generator when it starts. It gets one of its own: so the training's is left
     alone, and a resumed run draws the same dropout as an uninterrupted one.
     """
-    batches = TrainBatches(len(dataset), batch_size, steps, seed, start, rank, world, dense)
+    batches = train_batches(len(dataset), batch_size, steps, seed, start, rank, world, dense)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
                       generator=torch.Generator(), worker_init_fn=ignore_interrupts)
 

@@ -663,7 +663,7 @@ class BenchmarkRow:
     def loss(self, batch, num_boxes: float) -> Tensor:
         tick = self.clock.tick
         if not self.published:
-            parts, _ = self.loss_of(self.model, self.model, batch, self.settings, 0.0, num_boxes, self.amp, tick)
+            parts, _ = self.loss_of(self.model, batch, self.settings, 0.0, num_boxes, self.amp, tick)
             return sum(parts.values())
         with self.patches(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             outputs = self.model(batch.images, batch.padding_mask)

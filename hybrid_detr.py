@@ -3,8 +3,9 @@
     image -> backbone -> pyramid of V levels, flattened to S tokens -> encoder (deformable self-attention)
           -> every token proposes a box; the best N become queries -> decoder -> a box and C class scores per query
 
-Letters: B images, L decoder layers, N queries, C classes, S tokens (cells of all levels), D width, V levels, P sampling
-points per level (not matched pairs), E pairs of encoder heads. Shapes are written behind the line that makes them.
+Letters: B images, L decoder layers, N queries of the row, n of one group, G groups, C classes, S tokens (cells of all
+levels), D width, d = D / heads, V levels of h x w cells, P sampling points per level, E pairs of encoder heads. Shapes
+are written behind the line that makes them.
 Boxes are (cx, cy, w, h) as fractions of the image; a mask is True at padding.
 
 Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR (equal groups, A.2).
@@ -28,10 +29,12 @@ from torchvision.ops import FrozenBatchNorm2d
 
 
 class Outputs(NamedTuple):
+    """All that matching and losses need."""
     pred_logits: Tensor      # (L, B, N, C): before the sigmoid, class c of 0..C-1 in column c, no background column;
     #                          with softmax (L, B, N, C+1), the last for "no object"
     pred_boxes: Tensor       # (L, B, N, 4); N counts the denoising queries in training
-    encoder_logits: Tensor   # (1, B, E*S, C): one "layer" of E groups; column 0 ranks the tokens, "object or not"
+    encoder_logits: Tensor   # (1, B, E*S, C): one "layer" of E groups. Column 0, "object or not", ranks the tokens; the
+    #                          others learn that nothing is there, and are kept for the official checkpoints
     encoder_boxes: Tensor    # (1, B, E*S, 4)
 
 
@@ -73,7 +76,7 @@ class Residual(nn.Module):
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """Batch norm with fixed numbers. They are float32, and would turn bfloat16 (--amp) back into float32."""
+    """Batch norm with fixed numbers, which are float32 and would turn bfloat16 back into float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
@@ -82,9 +85,9 @@ class FrozenNorm(FrozenBatchNorm2d):
 class Backbone(nn.Module):
     """A torchvision ResNet or Swin by name: (B,3,H,W) -> maps of stride 8, 16, 32.
 
-    frozen=True is the papers' setting for ImageNet weights: batch norm is frozen, and a ResNet's stem and first stage
-    do not train. The weights themselves come from `load_imagenet`, so that building a model never needs a network.
-    Raises ValueError for a name torchvision has not, or that is neither a ResNet nor a Swin.
+    frozen=True is the papers' setting for ImageNet weights: a ResNet's batch norm is frozen, and its stem and first
+    stage do not train; a Swin trains whole. The weights themselves come from `load_imagenet`, so that building a model
+    never needs a network. Raises ValueError for a name that torchvision does not know, or is neither ResNet nor Swin.
     """
 
     def __init__(self, name: str, frozen: bool = True):
@@ -92,21 +95,24 @@ class Backbone(nn.Module):
         self.name = name
         swin, resnet = name.startswith('swin_'), re.match('(resnet|resnext|wide_resnet)', name)
         if not (swin or resnet) or name not in torchvision.models.list_models():
-            raise ValueError(f'unknown backbone {name!r}: use tiny, or a ResNet or Swin of torchvision, as resnet50')
+            raise ValueError(f'unknown backbone {name!r}: use tiny, or a ResNet or Swin of torchvision, such as '
+                             'resnet50')
         norm = {'norm_layer': FrozenNorm} if frozen and not swin else {}
         nodes = ('features.3', 'features.5', 'features.7') if swin else ('layer2', 'layer3', 'layer4')
         self.body = create_feature_extractor(torchvision.models.get_model(name, weights=None, **norm), list(nodes))
         self.channels_come_last = swin   # (B, h, w, D)
-        # Asking the network itself spares a table of widths for every ResNet and Swin there is.
-        self.channels = tuple(m.shape[1] for m in copy.deepcopy(self).eval()(torch.zeros(1, 3, 64, 64)))
+        # A trial run spares a table of widths; in eval(), which leaves the statistics of batch norm alone.
+        self.channels = tuple(m.shape[1] for m in self.eval()(torch.zeros(1, 3, 64, 64)))
+        self.train()
         if frozen:
             for parameter_name, parameter in self.body.named_parameters():
-                parameter.requires_grad_(not parameter_name.startswith(('conv1', 'bn1', 'layer1')))
+                parameter.requires_grad_(not parameter_name.startswith(('conv1', 'layer1')))
 
     def load_imagenet(self) -> None:
         """Fetch torchvision's first ImageNet weights, those of the papers. Raises URLError without a network."""
         state = torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.get_state_dict(progress=True)
-        self.body.load_state_dict({k: v for k, v in state.items() if k in self.body.state_dict()})
+        ours = self.body.state_dict()   # without the classifier
+        self.body.load_state_dict({name: value for name, value in state.items() if name in ours})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = list(self.body(images).values())
@@ -116,14 +122,15 @@ class Backbone(nn.Module):
 # --- Where a token is -----------------------------------------------------------------------------------------------
 
 def sine_code(numbers: Tensor, channels: int) -> Tensor:
-    """Sine code of each number, `channels` of them apiece: (..., n) -> (..., n * channels), sin and cos interleaved."""
+    """Each number becomes `channels` sines and cosines, interleaved: (..., n) -> (..., n * channels)."""
+    # angle_k = 2 pi x / 10000^(2k / channels), k = 0, 1, ... channels/2 - 1
     k = torch.arange(channels // 2, device=numbers.device)
     angle = numbers[..., None] * 2 * math.pi / 10000 ** (2 * k / channels)                      # (..., n, channels/2)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3)
 
 
 class Geometry(NamedTuple):
-    """Where the S tokens of a padded batch lie; depends on the padding alone."""
+    """Where the S tokens of a padded batch lie. Only `position` holds something learned, the code of the level."""
     shapes: list[tuple[int, int]]   # (h, w) of each level
     padding: Tensor                 # (B, S) bool
     valid_ratios: Tensor            # (B, V, 2): the part of each level's width and height that is image
@@ -133,38 +140,40 @@ class Geometry(NamedTuple):
 
 
 def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: Tensor) -> Geometry:
-    """(B,H,W) bool, the level shapes and (V,D) -> everything that follows from where the padding is."""
+    """padding_mask (B,H,W) bool, the levels' (h,w) and level_embed (V,D) -> what follows from where the padding is."""
     paddings, ratios, positions, centres = [], [], [], []
     for h, w in shapes:
         padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()            # (B, h, w)
         valid = ~padding
         valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1).to(level_embed)     # (B, 2)
-        ratios.append(torch.stack([valid_wh[:, 0] / w, valid_wh[:, 1] / h], -1))
+        ratios.append(torch.stack([valid_wh[:, 0] / w, valid_wh[:, 1] / h], -1))                    # (B, 2)
         # Cells are counted along y and x over the valid part only, so that 0..1 spans the image, not its padding.
-        count = torch.stack([valid.cumsum(1), valid.cumsum(2)], -1).to(level_embed)               # (B, h, w, 2): y, x
-        last = torch.stack([count[:, -1:, :, 0].expand(-1, h, -1), count[:, :, -1:, 1].expand(-1, -1, w)], -1)
-        positions.append(sine_code((count - 0.5) / (last + 1e-6), level_embed.shape[1] // 2).flatten(1, 2))
-        y, x = torch.meshgrid(torch.arange(h, device=valid.device), torch.arange(w, device=valid.device), indexing='ij')
-        centres.append((torch.stack([x, y], -1) + 0.5).flatten(0, 1) / valid_wh[:, None])           # (B, h*w, 2)
+        y, x = valid.cumsum(1).to(level_embed), valid.cumsum(2).to(level_embed)                     # (B, h, w) each
+        y, x = (y - 0.5) / (y[:, -1:] + 1e-6), (x - 0.5) / (x[:, :, -1:] + 1e-6)
+        positions.append(sine_code(torch.stack([y, x], -1), level_embed.shape[1] // 2).flatten(1, 2))   # (B, h*w, D)
+        row, column = torch.meshgrid(torch.arange(h, device=valid.device), torch.arange(w, device=valid.device),
+                                     indexing='ij')
+        centres.append((torch.stack([column, row], -1) + 0.5).flatten(0, 1) / valid_wh[:, None])    # (B, h*w, 2)
         paddings.append(padding.flatten(1))
     level = torch.cat([torch.full((h * w,), v, device=padding_mask.device) for v, (h, w) in enumerate(shapes)])
     return Geometry(shapes, torch.cat(paddings, 1), torch.stack(ratios, 1),
                     torch.cat(positions, 1) + level_embed[level], torch.cat(centres, 1), level)
 
 
-def proposals(where: Geometry) -> Tensor:
+def initial_boxes(where: Geometry) -> Tensor:
     """What each token proposes before it is looked at: a box of 0.05 * 2^level around its centre -> box logits (B,S,4).
 
     Padded tokens, and boxes with a number outside 0.01..0.99, are ruled out by +inf (Deformable DETR's official code).
     """
-    size = 0.05 * 2.0 ** where.level.to(where.centres)
-    box = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)
+    size = 0.05 * 2.0 ** where.level.to(where.centres)                                              # (S,)
+    box = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)                    # (B, S, 4)
     invalid = where.padding | ~((box > 0.01) & (box < 0.99)).all(-1)
     return (box / (1 - box)).log().masked_fill(invalid[..., None], math.inf)
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    return torch.logit(x, eps=1e-5)   # the official code's clamp: a box at the very border stays finite
+    """Before the sigmoid, with the official code's clamp: a box at the very border stays finite."""
+    return torch.logit(x, eps=1e-5)
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------
@@ -173,26 +182,27 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
     """Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
 
     value (B,S,heads,d), locations (B,N,heads,V,P,2) as x, y in 0..1, weights (B,N,heads,V,P) -> (B,N,heads*d).
-    Outside a level the value is 0. Of the pure PyTorch forms, one `grid_sample` per level is the best all-round; on a
-    CPU, with the encoder of `tiny` and 16 images, in brackets that of the paper and one image of 800 x 800:
-        grid_sample per level     forward  9 ms (211)   backward 17 ms (464)   kept for it  30 MB (252)
-        one gather, all levels            32 ms (374)            41 ms (541)               126 MB (1048)
-        embedding_bag                     15 ms (128)            37 ms (490)                27 MB (180)
+    Outside a level the value is 0. Of the pure PyTorch forms, one `grid_sample` per level is the best all-round. On a
+    CPU, forward + backward in ms, and MB kept for backward:      encoder of tiny, 16 images    of the paper, 800 x 800
+        grid_sample per level                                       9 + 17 ms     30 MB          211 + 464 ms    252 MB
+        one gather over all levels                                 32 + 41 ms    126 MB          374 + 541 ms   1048 MB
+        embedding_bag                                              15 + 37 ms     27 MB          128 + 490 ms    180 MB
     """
     B, _, heads, d = value.shape
     N = locations.shape[1]
     grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)                  # (V, B*heads, N, P, 2), -1..1
-    weights = weights.permute(3, 0, 2, 1, 4).reshape(len(shapes), B * heads, 1, N, -1)
+    weights = weights.permute(3, 0, 2, 1, 4).reshape(len(shapes), B * heads, 1, N, -1)          # (V, B*heads, 1, N, P)
     out = 0
-    for v, level in enumerate(value.split([h * w for h, w in shapes], 1)):
-        level = level.permute(0, 2, 3, 1).reshape(B * heads, d, *shapes[v])
-        sampled = F.grid_sample(level, grid[v], padding_mode='zeros', align_corners=False)        # (B*heads, d, N, P)
-        out = out + (sampled * weights[v]).sum(-1)
+    # out_q = sum_v sum_p weight_qvp * x_v(location_qvp), where x_v is the map of level v, read bilinearly
+    for v, cells in enumerate(value.split([h * w for h, w in shapes], 1)):
+        x = cells.permute(0, 2, 3, 1).reshape(B * heads, d, *shapes[v])                             # (B*heads, d, h, w)
+        sampled = F.grid_sample(x, grid[v], padding_mode='zeros', align_corners=False)              # (B*heads, d, N, P)
+        out = out + (sampled * weights[v]).sum(-1)                                                  # (B*heads, d, N)
     return out.view(B, heads * d, N).transpose(1, 2)
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at P points per level and head around its reference; where and how much, it predicts itself."""
+    """Each query looks at P points per level and head around its reference, and predicts these and their weights."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int):
         super().__init__()
@@ -203,7 +213,8 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
 
     def reset_parameters(self) -> None:
-        """At the start head h looks in direction 2 pi h / heads, point p at distance p + 1, all with equal weight."""
+        """At the start head h looks in direction 2 pi h / heads, point p at distance p + 1 (the larger of x and y), all
+        with equal weight."""
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -222,26 +233,26 @@ class DeformableAttention(nn.Module):
         """query (B,N,D), reference (B,N,V,2) or (B,N,V,4), tokens (B,S,D), padding (B,S) -> (B,N,D)."""
         B, N, _ = query.shape
         # Padding is set to 0 after the projection, so that not even its bias is seen there.
-        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)
+        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)                            # (B, S, D)
         offsets = self.sampling_offsets(query).view(B, N, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query).view(B, N, self.heads, -1).softmax(-1)   # over levels and points
-        reference = reference[:, :, None, :, None]                                                # (B, N, 1, V, 1, .)
-        if reference.shape[-1] == 2:   # a point: offsets count in cells of the level
+        weights = weights.view(offsets.shape[:-1])                                                # (B, N, heads, V, P)
+        anchor = reference[:, :, None, :, None]                                                   # (B, N, 1, V, 1, .)
+        if anchor.shape[-1] == 2:   # a point: offsets count in cells of the level
             # non_blocking: torch.tensor(..., device='cuda') would make the CPU wait for the GPU, in every layer.
             cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype).to(offsets.device, non_blocking=True)
-            locations = reference + offsets / cells[:, None]
-        else:                          # a box: offsets count in half box sizes, divided by the number of points
-            locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
-        weights = weights.view(B, N, self.heads, self.levels, self.points)
+            locations = anchor + offsets / cells[:, None]                                     # (B, N, heads, V, P, 2)
+        else:                       # a box: at the start, the P-th point in each direction lies on its border
+            locations = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
         return self.output_proj(deformable_attention(value.unflatten(-1, (self.heads, -1)), shapes, locations, weights))
 
 
 class GroupSelfAttention(nn.Module):
     """Multi-head self-attention inside each group of the query row, and never across (Group DETR Eq. 5).
 
-    H-DETR puts all queries into one attention and masks the (N,N) matrix (§3.2.1). Group DETR folds its equal groups
-    into the batch (Alg. 1), as is done here; groups of different size attend one after the other. The same numbers
-    without a mask, at the cost of the sum of n^2 instead of N^2.
+    Equal groups are folded into the batch, as in Group DETR (Alg. 1); groups of different size attend one after the
+    other. H-DETR puts all queries into one attention and masks the (N,N) matrix (§3.2.1): the same numbers, but at the
+    cost of N^2 instead of the sum of n^2.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
@@ -254,26 +265,27 @@ class GroupSelfAttention(nn.Module):
     def forward(self, content: Tensor, position: Tensor, groups: Sequence[int], denoising: int = 0) -> Tensor:
         """content, position (B,N,D), groups: sizes -> (B,N,D). Position is no part of the value.
 
-        What the sizes leave over at the end of the row are denoising queries, in `denoising` groups of equal size. They
-        see their own denoising group and the detector's queries, the first group; no other query sees them, since they
-        know the answer. (DINO has one group of matching queries, and they see it; further ones are hidden here.)
+        What the sizes leave over at the end of the row are denoising queries, in `denoising` groups of R. They see
+        their own denoising group and the detector's queries, the first group; no other query sees them, since they know
+        the answer. (DINO has one group of matching queries, and they see it; further ones are hidden here.)
         """
-        D, N = content.shape[-1], sum(groups)
+        (B, _, D), matching = content.shape, sum(groups)
         q, k = F.linear(content + position, self.in_proj.weight[:2 * D], self.in_proj.bias[:2 * D]).chunk(2, -1)
-        v = F.linear(content, self.in_proj.weight[2 * D:], self.in_proj.bias[2 * D:])
-        if len(set(groups)) == 1:
-            folded = (x[:, :N].unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v))        # (B*G, n, D)
-            out = [self.attend(*folded).view(len(content), N, D)]
+        v = F.linear(content, self.in_proj.weight[2 * D:], self.in_proj.bias[2 * D:])                   # (B, N, D) each
+        if len(set(groups)) == 1:   # one attention with G times the batch
+            folded = (x[:, :matching].unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v))   # (B*G, n, D)
+            out = [self.attend(*folded).view(B, matching, D)]
         else:
-            out = [self.attend(*qkv) for qkv in zip(*(x[:, :N].split(groups, 1) for x in (q, k, v)))]
+            out = [self.attend(*qkv) for qkv in zip(*(x[:, :matching].split(groups, 1) for x in (q, k, v)))]
         if denoising:
-            own = [x[:, N:].unflatten(1, (denoising, -1)) for x in (q, k, v)]               # (B, denoising, 2m, D)
-            first = [x[:, None, :groups[0]].expand(-1, denoising, -1, -1) for x in (k, v)]  # (B, denoising, n, D)
-            seen = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own[1:], first))
-            out.append(self.attend(own[0].flatten(0, 1), *seen).view(len(content), -1, D))
+            own = [x[:, matching:].unflatten(1, (denoising, -1)) for x in (q, k, v)]            # (B, denoising, R, D)
+            first = [x[:, None, :groups[0]].expand(-1, denoising, -1, -1) for x in (k, v)]      # (B, denoising, n, D)
+            seen = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own[1:], first))       # (B*denoising, R+n, D)
+            out.append(self.attend(own[0].flatten(0, 1), *seen).view(B, -1, D))
         return self.out_proj(torch.cat(out, 1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every query sees every key: (B,n,D), (B,m,D), (B,m,D) -> (B,n,D)."""
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))            # (B, heads, n, d)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return out.transpose(1, 2).flatten(2)
@@ -294,6 +306,8 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """Each token looks at a few others of all levels, then thinks by itself."""
+
     def __init__(self, width, heads, levels, points, ffn, dropout):
         super().__init__()
         self.attention, self.norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
@@ -306,6 +320,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Each query talks to its group, looks at the image, then thinks by itself."""
+
     def __init__(self, width, heads, levels, points, ffn, dropout):
         super().__init__()
         self.self_attention, self.self_norm = GroupSelfAttention(width, heads, dropout), nn.LayerNorm(width)
@@ -324,6 +340,7 @@ class DecoderLayer(nn.Module):
 
 
 def clones(module: nn.Module, n: int) -> nn.ModuleList:
+    """n copies, equal until `reset_parameters`."""
     return nn.ModuleList(copy.deepcopy(module) for _ in range(n))
 
 
@@ -337,7 +354,8 @@ class HybridDETR(nn.Module):
     separate_attention=False lets all groups of a training step see each other (Group DETR Table 7 c).
     ffn=2048, dropout=0, mixed_selection, look_forward_twice: the switches of H-DETR Table 8, in the paper's best row.
     fusion: none, simple, ulike or dense; see `encode`. denoising=True: forward takes denoising queries (matchers.py).
-    softmax=True: a column more in the decoder's class heads, "no object", for DETR's cross-entropy.
+    softmax=True: one more column in the decoder's class heads, "no object", for DETR's cross-entropy.
+    width: a multiple of 32 (GroupNorm) and of heads.
     backbone: 'tiny' or a name for `Backbone`; frozen_backbone: see there.
     The attribute checkpoint_activations=True saves memory in training: see `run`.
     Raises ValueError for an unknown selection, fusion or backbone.
@@ -358,14 +376,17 @@ class HybridDETR(nn.Module):
         self.look_forward_twice, self.separate_attention = look_forward_twice, separate_attention
         self.backbone = TinyBackbone() if backbone == 'tiny' else Backbone(backbone, frozen_backbone)
         channels = self.backbone.channels
-        # Levels beyond the backbone's three: a stride-2 convolution on its last map, before any projection.
+        # Levels beyond the backbone's three: stride-2 convolutions, the first on its last map, each later one on the
+        # level before.
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels[v], width, 1) if v < len(channels) else
                           nn.Conv2d(channels[-1] if v == len(channels) else width, width, 3, 2, 1),
                           nn.GroupNorm(32, width)) for v in range(levels))
         self.level_embed = nn.Parameter(torch.empty(levels, width))
         self.encoder = clones(EncoderLayer(width, heads, levels, points, ffn, dropout), encoder_layers)
-        joined = {'none': (), 'simple': (2,), 'ulike': (2,) * -(-encoder_layers // 2), 'dense': (encoder_layers + 1,)}
+        # How many maps each projection of the memory fusion joins.
+        joined = {'none': (), 'simple': (2,), 'ulike': (2,) * math.ceil(encoder_layers / 2),
+                  'dense': (encoder_layers + 1,)}
         self.fusions = nn.ModuleList(nn.Sequential(nn.Linear(n * width, width), nn.LayerNorm(width))
                                      for n in joined[fusion])
         self.decoder = clones(DecoderLayer(width, heads, levels, points, ffn, dropout), decoder_layers)
@@ -373,7 +394,7 @@ class HybridDETR(nn.Module):
         self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
         self.query_content = nn.Parameter(torch.empty(sum(groups), width)) if mixed_selection else None
         # Content of a denoising query: its class; the last row, zero, is for empty slots.
-        self.denoising_content = nn.Embedding(num_classes + 1, width, num_classes) if denoising else None
+        self.denoising_content = nn.Embedding(num_classes + 1, width, padding_idx=num_classes) if denoising else None
         class_head = nn.Linear(width, num_classes)
         box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                                  nn.Linear(width, 4))
@@ -394,16 +415,13 @@ class HybridDETR(nn.Module):
             for parameter in module.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        for fusion in self.fusions:
-            nn.init.xavier_uniform_(fusion[0].weight)
-            nn.init.zeros_(fusion[0].bias)
         for module in self.modules():
             if isinstance(module, DeformableAttention):
                 module.reset_parameters()
             if isinstance(module, GroupSelfAttention):
                 nn.init.zeros_(module.in_proj.bias)
                 nn.init.zeros_(module.out_proj.bias)
-        for projection in self.input_proj:
+        for projection in (*self.fusions, *self.input_proj):
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
         nn.init.normal_(self.level_embed)
@@ -415,7 +433,7 @@ class HybridDETR(nn.Module):
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
         for head in (*self.class_heads, *self.encoder_class_heads):
-            nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+            nn.init.constant_(head.bias, math.log(0.01 / 0.99))   # before the sigmoid
             nn.init.zeros_(head.bias[self.num_classes:])   # with softmax, "no object" has the logit 0
         for head in (*self.box_heads, *self.encoder_box_heads):
             nn.init.zeros_(head[-1].weight)
@@ -437,39 +455,38 @@ class HybridDETR(nn.Module):
 
         # The queries: first stage. What a later group may choose depends on the earlier ones, so all up to it propose.
         sizes = self.groups if group is None else self.groups[:group + 1]
-        encoder_logits, encoder_boxes_unact = self.propose(tokens, where, heads=len(sizes))
-        boxes, first = self.select(encoder_logits, encoder_boxes_unact, sizes), 0
-        if group is not None:
-            boxes, first, sizes = boxes[group:], sum(sizes[:group]), sizes[group:]
+        encoder_logits, box_logits = self.propose(tokens, where, len(sizes))                            # (B, E, S, .)
+        boxes, end = self.select(encoder_logits, box_logits, sizes), sum(sizes)
+        if group is not None:   # only the last of them goes on
+            boxes, sizes = boxes[-1:], sizes[-1:]
+        n = sum(sizes)
         boxes = torch.cat(boxes if noised is None else [*boxes, noised.boxes], 1)                       # (B, N, 4)
         position, content = self.position_proj(sine_code(boxes, tokens.shape[-1] // 2)).chunk(2, -1)    # (B, N, D) each
         if self.query_content is not None:   # mixed query selection: position from the image, content learned
-            content = self.query_content[first:first + sum(sizes)].expand(len(boxes), -1, -1)
-        # The predictions: second stage.
-        if not self.separate_attention:
-            sizes = (sum(sizes),)
+            content = self.query_content[end - n:end].expand(len(boxes), -1, -1)
         if noised is not None:
-            content = torch.cat([content[:, :sum(sizes)], self.denoising_content(noised.labels)], 1)
-        pred_logits, pred_boxes = self.decode(boxes, content, position, sizes, noised.groups if noised else 0, tokens,
-                                              where)
-        encoder_logits, encoder_boxes = (x.transpose(0, 1).flatten(1, 2)[None] for x in
-                                         (encoder_logits, encoder_boxes_unact.sigmoid()))
-        return Outputs(pred_logits, pred_boxes, encoder_logits, encoder_boxes)
+            content = torch.cat([content[:, :n], self.denoising_content(noised.labels)], 1)
+        # The predictions: second stage.
+        pred_logits, pred_boxes = self.decode(boxes, content, position, sizes if self.separate_attention else (n,),
+                                              0 if noised is None else noised.groups, tokens, where)
+        return Outputs(pred_logits, pred_boxes, encoder_logits.flatten(1, 2)[None],
+                       box_logits.sigmoid().flatten(1, 2)[None])
 
     def run(self, layer: nn.Module, *inputs):
-        """A layer of encoder or decoder; with checkpoint_activations, backward computes what is inside once more
+        """Call a layer of encoder or decoder; with checkpoint_activations, backward computes what is inside once more
         instead of keeping it. The sampled values of deformable attention are most of what a training step keeps."""
         if self.checkpoint_activations and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
     def pyramid(self, images: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Backbone maps projected to one width and flattened: (B,3,H,W) -> (B,S,D), fine levels first."""
+        """Backbone maps projected to one width and flattened, fine levels first: (B,3,H,W) -> (B,S,D), V x (h,w)."""
         maps = self.backbone(images)
-        levels = []
-        for v, projection in enumerate(self.input_proj):
-            source = maps[v] if v < len(maps) else maps[-1] if v == len(maps) else levels[-1]
-            levels.append(projection(source))
+        levels = [project(x) for project, x in zip(self.input_proj, maps)]                          # (B, D, h, w) each
+        x = maps[-1]
+        for project in self.input_proj[len(maps):]:
+            x = project(x)
+            levels.append(x)
         return torch.cat([m.flatten(2).transpose(1, 2) for m in levels], 1), [tuple(m.shape[2:]) for m in levels]
 
     def encode(self, tokens: Tensor, where: Geometry) -> Tensor:
@@ -478,16 +495,15 @@ class HybridDETR(nn.Module):
         The backbone's tokens F_0 and the outputs F_1..F_n of the n encoder layers are joined along their features and
         projected back (linear and norm, App. B), so that pretrained features reach the decoder from the first step on:
         simple  [F_n, F_0]
-        ulike   F_0 joins the output of layer n, F_1 that of layer n-1, and so on inwards (Fig. 4c; not in the released
-                code, and the figure's four layers extended to n is a reading); with n = 2, as in `tiny`, the same as
-                simple
+        ulike   F_0 joins the output of layer n, F_1 that of layer n-1, and so on inwards (Fig. 4c)
         dense   [F_0, F_1, ..., F_n], the paper's default
+        ulike is a reading: the figure draws four layers, and the released code has none. With n = 2 it is simple.
         """
         reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
         outputs, n = [tokens], len(self.encoder)
         for l, layer in enumerate(self.encoder, 1):
             tokens = self.run(layer, tokens, where.position, reference, where.shapes, where.padding)
-            if self.fusion == 'ulike' and n - l < l:
+            if self.fusion == 'ulike' and 2 * l > n:   # the second half
                 tokens = self.fusions[n - l](torch.cat([tokens, outputs[n - l]], -1))
             outputs.append(tokens)
         if self.fusion == 'simple':
@@ -496,66 +512,69 @@ class HybridDETR(nn.Module):
             tokens = self.fusions[0](torch.cat(outputs, -1))
         return tokens
 
-    def propose(self, tokens: Tensor, where: Geometry, heads: int) -> tuple[Tensor, Tensor]:
-        """Every token proposes a box (before the sigmoid) and a score: (B,S,D) -> (E,B,S,C), (E,B,S,4), E = heads.
+    def propose(self, tokens: Tensor, where: Geometry, groups: int) -> tuple[Tensor, Tensor]:
+        """Every token proposes, in scores and boxes before the sigmoid: (B,S,D) -> (B,E,S,C), (B,E,S,4).
 
-        All tokens propose, and learn to, before any is chosen: this is the encoder's own loss, which no scheme changes.
-        Tokens that are ruled out have features 0 and box logits +inf: they share one score and the box (1,1,1,1), stay
-        in the loss as background, and may even be chosen if nothing better is left (official code).
+        E = groups, or 1 if one pair of heads ranks for all. Every token learns to propose, chosen or not: this is the
+        encoder's own loss, which no scheme changes.
+        Tokens that are ruled out enter as 0 and have the box logits +inf: they share one score and the box (1,1,1,1),
+        stay in the loss as background, and may even be chosen if nothing better is left (official code).
         """
-        proposal = proposals(where)                                                                     # (B, S, 4)
-        features = self.proposal_proj(tokens.masked_fill(proposal[..., :1].isinf(), 0.0))
-        logits = torch.stack([head(features) for head in self.encoder_class_heads[:heads]])
-        boxes = torch.stack([head(features) for head in self.encoder_box_heads[:heads]]) + proposal
-        return logits, boxes
+        initial = initial_boxes(where)                                                                  # (B, S, 4)
+        features = self.proposal_proj(tokens.masked_fill(initial[..., :1].isinf(), 0.0))                # (B, S, D)
+        logits = torch.stack([head(features) for head in self.encoder_class_heads[:groups]], 1)
+        box_logits = torch.stack([head(features) for head in self.encoder_box_heads[:groups]], 1) + initial[:, None]
+        return logits, box_logits
 
-    def select(self, logits: Tensor, boxes_unact: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    def select(self, logits: Tensor, box_logits: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Two-stage: the tokens with the best scores become the queries: -> boxes (B,n,4) of each group, detached.
 
-        Detached, because the choice is no function that could learn: the decoder starts at these boxes, and they
-        themselves learn from the encoder's loss.
+        Detached: the boxes could pass a gradient on, but the decoder's losses stop here. The encoder's own loss, on all
+        tokens, trains them.
         'ranks': one head, whose ranks 1, 2, 3, ... fill the row. The first group gets the best proposals, the others
         what is left; H-DETR App. D finds here why K=1 is worse than the baseline: ranks 301-600 are badly placed.
         'heads': each group takes the best of a head of its own, and starts as well as the first (Group DETR A.2).
         'distinct': the same without the tokens that an earlier group has taken (H-DETR App. D, for K=1; the paper has
         separate classification heads only, here a group's head is a pair of class and box head as in Group DETR).
         """
-        scores = logits[..., 0]                                                                         # (E, B, S)
+        scores = logits[..., 0]                                                                         # (B, E, S)
         wanted = sum(sizes) if self.selection != 'heads' else max(sizes)
         if wanted > scores.shape[2]:
             raise ValueError(f'the image has {scores.shape[2]} tokens, too few to choose {wanted} queries from: '
                              'use larger images or fewer queries')
         if self.selection == 'ranks':
-            chosen = [(0, top) for top in scores[0].topk(wanted).indices.split(list(sizes), 1)]
+            chosen = [(0, top) for top in scores[:, 0].topk(wanted).indices.split(list(sizes), 1)]
         else:
-            chosen, taken = [], torch.zeros_like(scores[0], dtype=torch.bool)
+            chosen, taken = [], torch.zeros_like(scores[:, 0], dtype=torch.bool)
             for e, size in enumerate(sizes):
-                top = scores[e].masked_fill(taken, -math.inf).topk(size).indices                        # (B, n)
+                top = scores[:, e].masked_fill(taken, -math.inf).topk(size).indices                     # (B, n)
                 chosen.append((e, top))
                 if self.selection == 'distinct':
                     taken = taken.scatter(1, top, True)
-        return [boxes_unact[e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid() for e, top in chosen]
+        return [box_logits[:, e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid() for e, top in chosen]
 
     def decode(self, boxes, content, position, groups, denoising, tokens, where) -> tuple[Tensor, Tensor]:
-        """Iterative refinement, box_l = sigmoid(shift_l + sigmoid^-1(box_(l-1))): -> (L,B,N,C), (L,B,N,4).
+        """Iterative refinement (Deformable DETR): every layer moves the boxes -> (L,B,N,C), (L,B,N,4).
 
         boxes (B,N,4), content and position (B,N,D), groups and denoising as in GroupSelfAttention, tokens (B,S,D).
         Each layer has heads of its own, and the position code stays that of the proposal.
+
+            box_l  = sigmoid(shift_l + sigmoid^-1(box_(l-1)))   with box_(l-1) detached: where layer l + 1 samples
+            pred_l = the same number, but box_(l-1) not detached, so that its loss also reaches head l-1, and no head
+                     further back (look forward twice, DINO); without the switch pred_l = box_l
         """
         pred_logits, pred_boxes = [], []
         ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                   # (B, 1, V, 4)
-        reference = start = boxes
+        reference = previous = boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
             content = self.run(layer, content, position, groups, denoising, reference[:, :, None] * ratios, tokens,
                                where.shapes, where.padding)
             shift = box_head(content)
             pred_logits.append(class_head(content))
-            pred_boxes.append((shift + inverse_sigmoid(start)).sigmoid())
+            pred_boxes.append((shift + inverse_sigmoid(previous)).sigmoid())
             refined = (shift + inverse_sigmoid(reference)).sigmoid()
-            # The next layer samples around a detached box. Look forward twice lets its *loss* reach this head
-            # through `start`, and no head further back, since `reference` above was detached.
             reference = refined.detach()
-            start = refined if self.look_forward_twice else reference
+            previous = refined if self.look_forward_twice else reference
         return torch.stack(pred_logits), torch.stack(pred_boxes)
 
 
@@ -594,8 +613,8 @@ def official_name(name: str, decoder_layers: int) -> str | None:
     """
     name = re.sub(r'^encoder_(class|box)_heads\.0\.', rf'\1_heads.{decoder_layers}.', name)
     for pattern, official in OFFICIAL_NAMES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, official, name)
+        if fits := re.fullmatch(pattern, name):
+            return fits.expand(official)
     return None
 
 
@@ -609,9 +628,10 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
     Raises ValueError that names the entry if one is unknown, missing, of another shape, or an alias with other values;
     and if `queries` does not sum to the rows of `query_embed.weight`.
     """
+    # Sizes from the shapes, then the model, then every entry under its name here; nothing may be left over.
     def shape(name: str) -> torch.Size:
         if name not in state_dict:
-            raise ValueError(f'missing entry {name} (expected is a two-stage checkpoint of H-Deformable-DETR)')
+            raise ValueError(f'missing entry {name} (expected a two-stage checkpoint of H-Deformable-DETR)')
         return state_dict[name].shape
 
     def count(pattern: str) -> int:
@@ -661,14 +681,14 @@ def demonstrate() -> None:
     tokens, shapes = model.pyramid(images)
     where = geometry(padding_mask, shapes, model.level_embed)
     encoded = model.encode(tokens, where)
-    logits, boxes = model.propose(encoded, where, heads=1)
-    first, second = model.select(logits, boxes, model.groups)
+    logits, box_logits = model.propose(encoded, where, groups=2)
+    first, second = model.select(logits, box_logits, model.groups)
     trained, kept = model(images, padding_mask), model.eval()(images, padding_mask)
     print(f'2 images, C = 5 classes, groups of {model.groups} queries, levels of {", ".join(map(str, shapes))} cells\n')
     for what, letters, x in (
             ('images', 'B 3 H W', images), ('pyramid: backbone, one width', 'B S D', tokens),
-            ('encoder', 'B S D', encoded), ('proposals: scores of each token', 'E B S C', logits),
-            ('proposals: boxes', 'E B S 4', boxes), ('the best become queries', 'B n 4', first),
+            ('encoder', 'B S D', encoded), ('proposals: scores of each token', 'B E S C', logits),
+            ('proposals: boxes', 'B E S 4', box_logits), ('the best become queries', 'B n 4', first),
             ('and the next best, for group two', 'B T 4', second),
             ('decoder in train(): scores', 'L B N C', trained.pred_logits), ('boxes', 'L B N 4', trained.pred_boxes),
             ('decoder in eval(): one group', 'L B n 4', kept.pred_boxes)):

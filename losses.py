@@ -1,28 +1,30 @@
-"""What an assignment costs: the classification and box losses, and who divides them by what.
+"""What an assignment costs: the classification and box losses, and what they are divided by.
 
 Letters as in matchers.py: B images, L decoder layers, N queries, C classes, P matched pairs, M boxes of an image, K
-copies, G groups. Every classification loss is, for a query and a class with score p = sigmoid(logit),
+copies, G groups. Every classification loss but ce is, for a query and a class with score p = sigmoid(logit),
 
-    weight * BCE(p, t) = weight * (-t log p - (1-t) log(1-p)),    s the IoU of the query with its ground truth:
+    weight * BCE(p, t) = weight * (-t log p - (1-t) log(1-p))
 
-    loss     source                matched: t and weight       not matched: t = 0 and weight    at IoU 0, a match
+where s is the IoU of a matched query with its ground truth:
+
+    loss     source                matched: t and weight       not matched: t = 0 and weight    a match at IoU 0
     ce       DETR                  softmax: -log p             0.1: -0.1 log p(no object)       counts in full
     bce      DEIM slides           1, 1                        1                                counts in full
     focal    Deformable DETR,      1, alpha (1-p)^2            (1-alpha) p^2, alpha = 1/4       counts in full
-             Stable-DINO Eq. 1
-    vfl      DEIM slides           s, s                        alpha p^g, 3/4 and g = 2 (code)  is background
+             DEIM slides           (Stable-DINO Eq. 1: without alpha)
+    vfl      DEIM slides           s, s                        3/4 p^2 (numbers of the code)    is background
     mal      DEIM slides, Eq. 3    s^g, 1                      p^g, g = 1.5                     pushed to 0, weight 1
-    stable   Stable-DINO, Eq. 3    f1(s), |f1(s)-p|^2          p^2                              pushed to 0, weight p^2
+    stable   Stable-DINO, Eq. 3    f1(s), |f1(s)-p|^2          p^2                              is background
 
-ce, bce and focal ask every matched query for score 1, the others for as much as its box deserves. No gradient flows
-through s: the score learns from the box, never the box from the score.
+ce, bce and focal ask every matched query for score 1; vfl, mal and stable for as much as its box deserves. No gradient
+flows through s (official codes): the score learns from the box, never the box from the score.
 
 Where paper and released code part ways, the paper's form is the default and `official=True` the code's:
     vfl     a match at IoU 0 costs nothing, and p^2 in the weight is not differentiated (DEIM)
     mal     p^g is not differentiated (DEIM; the slides say nothing on gradients)
     stable  positives weigh 1/4, negatives 3/4 (Stable-DINO)
-Of Stable-DINO's code, the exponent 2 is taken always, as the paper gives none, and two things never: F1's exp and sin
-of s^2 instead of s, and a rescale that never scales down.
+Stable-DINO's exponent 2 is its code's, since the paper gives none. Not taken from there: F1's exp and sin of s^2
+instead of s, and a rescale that never scales down.
 
 What divides the sum over queries, classes and images, where n_box is the number of ground truth boxes of the batch
 (averaged over the processes; a divisor below 1 counts as 1):
@@ -32,17 +34,18 @@ What divides the sum over queries, classes and images, where n_box is the number
                              unsaid
     DEIM on D-FINE           unsaid                        class n_box; boxes the size of      n_box
                                                            the union of all layers' matches
-    one-to-many, K copies    unsaid (H-DETR Eq. 2)         K * n_box: repeated boxes count     K * n_box
+    one-to-many, K copies    unsaid (H-DETR Eq. 2)         K * n_box: repeated boxes count,    K * n_box
+                                                           also those without a query
     G groups                 mean over groups (Group       G * n_box, the same                 n_box, weight 1/G
                              DETR Eq. 7)
-    encoder, one head        not mentioned (H-DETR,        n_box, labels all 0 (H-DETR); full  n_box, labels all 0
+    encoder, one head        unsaid (H-DETR,               n_box, labels all 0 (H-DETR); full  n_box, labels all 0
                              Stable-DINO, DEIM)            labels, 900 or 300 best tokens
                                                            (Stable-DINO, DEIM)
-    encoder, a head a group  not mentioned (Group DETR)    G * n_box, full labels              weight and copies of the
+    encoder, a head a group  unsaid (Group DETR)           G * n_box, full labels              weight and copies of the
                                                                                                group, labels all 0
     denoising groups         unsaid                        groups * n_box, class weight 1 in   groups * n_box, the same
                                                            Stable-DINO                         class weight
-    background               the same divisor as the matches of its group: unmatched queries learn "nothing here"
+    background               the same divisor as the matches of its group
     ce                       unsaid (DETR)                 sum of the weights of all queries   the same, of each group
 
 This file needs torch and torchvision only, and can be copied alone. `python losses.py` prints what each loss makes of
@@ -59,12 +62,14 @@ from torchvision.ops import box_area, box_convert, box_iou
 
 
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0   # in all official codes
+# In the official codes; stable: Stable-DINO §4.1. No code has bce.
+CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)
 
 
 class LossSettings(NamedTuple):
     """What the class loss is, and weighs."""
-    cls_loss: str = 'focal'     # ce, bce, focal, vfl, mal or stable
-    class_weight: float = 2.0   # ce, vfl, mal 1 and focal 2 in the official codes, stable 6 (Stable-DINO §4.1)
+    cls_loss: str = 'focal'     # a name of CLASS_WEIGHTS
+    class_weight: float | None = None   # None: CLASS_WEIGHTS
     mal_gamma: float = 1.5      # g above, at least 1 (official code of DEIM; the slides give none)
     f1: str = 's2'              # stable: a name of F1
     rescale: str = 'one'        # stable: one, max-iou or none
@@ -73,19 +78,21 @@ class LossSettings(NamedTuple):
 
 # --- Classification losses: a row of the table above each -----------------------------------------------------------
 
-# Scores p of matched entries and IoUs s of their boxes (stable: targets f1(s)) -> weight and target t of BCE(p, t).
+# Scores p of matched entries and quality s of their boxes (the IoU; stable: f1(IoU)) -> target t and weight of BCE(p,
+# t).
 MATCHED = {
     'bce': lambda p, s, how: (1.0, 1.0),
-    'focal': lambda p, s, how: (0.25 * (1 - p) ** 2, 1.0),
+    'focal': lambda p, s, how: (1.0, 0.25 * (1 - p) ** 2),
     # Good matches weigh more, and a match without overlap is as good as none.
-    'vfl': lambda p, s, how: (torch.where(s > 0, s, 0.0 if how.official else 0.75 * p ** 2), s),
+    'vfl': lambda p, s, how: (s, torch.where(s > 0, s, 0.0 if how.official else 0.75 * p ** 2)),
     # A confident query with a bad box pays in full, where vfl would weigh it with its small s.
-    'mal': lambda p, s, how: (1.0, s ** how.mal_gamma),
-    # A match with a bad box is hardly encouraged, so an early mismatch does not confirm itself, and the matchings of
-    # successive layers agree (Stable-DINO §2.4.1). The factor is differentiated, as in the released code.
-    'stable': lambda p, s, how: ((s - p) ** 2 * (0.25 if how.official else 1.0), s)}
+    'mal': lambda p, s, how: (s ** how.mal_gamma, 1.0),
+    # A match with a bad box is hardly encouraged, so an early mistake does not confirm itself (Stable-DINO §2.4.1),
+    # and fewer objects change their query between layers (Fig. 3). The factor is differentiated, as in the code.
+    'stable': lambda p, s, how: (s, (s - p) ** 2 * (0.25 if how.official else 1.0))}
 
-# Scores p of all other entries -> constant and weight of BCE(p, 0). Focal: background that is known hardly counts.
+# Scores p of all other entries -> constant and weight of BCE(p, 0); the constant is applied after the sum. Focal:
+# background that is known hardly counts.
 BACKGROUND = {
     'bce': lambda p, how: (1.0, 1.0),
     'focal': lambda p, how: (0.75, p ** 2),
@@ -96,7 +103,7 @@ BACKGROUND = {
 
 def match_loss(logits: Tensor, s: Tensor, how: LossSettings) -> Tensor:
     """Loss of matched entries; BCE(p, t) = softplus(logit) - t * logit is safe for any logit."""
-    weight, target = MATCHED[how.cls_loss](logits.sigmoid(), s, how)
+    target, weight = MATCHED[how.cls_loss](logits.sigmoid(), s, how)
     return weight * (F.softplus(logits) - target * logits)
 
 
@@ -108,7 +115,8 @@ def background_loss(logits: Tensor, how: LossSettings, dim: Sequence[int] = ()) 
 
 
 def class_loss(logits: Tensor, matched: Tensor, s: Tensor, how: LossSettings = LossSettings()) -> Tensor:
-    """Every loss but ce, of every entry: logits, matched (0 or 1, one-hot) and IoU s (stable: f1(s)), of one shape."""
+    """Every loss but ce, of every entry: logits, matched (0 or 1, one-hot) and quality s, of one shape. The plain form
+    of what `set_loss` sums without a one-hot target."""
     return torch.where(matched > 0, match_loss(logits, s, how), background_loss(logits, how))
 
 
@@ -117,43 +125,44 @@ def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Te
 
     The weight is 1 for matched queries and 0.1 for the others, of which there are far more.
     """
-    found = matched.sum(-1)
-    target = torch.cat([matched, 1 - found[..., None]], -1)
-    weight = found + no_object * (1 - found)
+    is_matched = matched.sum(-1)
+    target = torch.cat([matched, 1 - is_matched[..., None]], -1)
+    weight = is_matched + no_object * (1 - is_matched)
     return -(target * logits.log_softmax(-1)).sum(-1) * weight, weight
 
 
 # Stable-DINO Table 7: what a matched query's score is supervised with; s its IoU, p its score. Beside it the paper's AP
-# (class weight 10, no cost of Eq. 4, no fusion, NMS; 49.2 with target 1). Those with p fail as there with rescale
-# 'none': the rescale would divide a p that all pairs share.
-F1 = {'s0.5': lambda s, p: s ** 0.5,               # 49.3
-      's1': lambda s, p: s,                        # 49.4
-      's2': lambda s, p: s ** 2,                   # 49.6, the paper's choice
-      's3': lambda s, p: s ** 3,                   # 49.4
-      's1p0.25': lambda s, p: s * p ** 0.25,       # 48.6: with p in it, a confident match with a bad box is encouraged,
-      's1p1': lambda s, p: s * p,                  # 26.4  too: the conflict that IoU alone resolves (§2.4.1, §4.4)
-      's2p1': lambda s, p: s ** 2 * p,             # 27.4
+# (class weight 10, no cost of Eq. 4, no fusion, NMS; 49.2 with target 1). With p in it a confident match with a bad box
+# is encouraged, too: the conflict that IoU alone resolves (§2.4.1, §4.4). Here that shows with rescale 'none' only,
+# since the rescale would divide a p that all pairs share.
+F1 = {'s0.5': lambda s, p: s ** 0.5,                         # 49.3
+      's1': lambda s, p: s,                                  # 49.4
+      's2': lambda s, p: s ** 2,                             # 49.6, the paper's choice
+      's3': lambda s, p: s ** 3,                             # 49.4
+      's1p0.25': lambda s, p: s * p ** 0.25,                 # 48.6
+      's1p1': lambda s, p: s * p,                            # 26.4
+      's2p1': lambda s, p: s ** 2 * p,                       # 27.4
       'exp': lambda s, p: (s.exp() - 1) / (math.e - 1),      # 49.6
       'sin': lambda s, p: (s * math.pi / 2).sin()}           # 48.5: concave, near 1 too soon
 
 
-def stable_target(iou: Tensor, score: Tensor, owner: Tensor, largest: Tensor | None, f1: str = 's2') -> Tensor:
+def stable_target(iou: Tensor, score: Tensor, owner: Tensor, wanted: Tensor | None, f1: str = 's2') -> Tensor:
     """f1(s) of Stable-DINO Eq. 3 for P pairs: iou, score (P,) -> (P,), no gradient.
 
     Early in training all IoUs are small, and so would all targets be. The rescale (§2.2) multiplies the pairs of an
-    owner, i.e. of an image in one layer and group (all denoising queries are one), so that their largest, however bad
-    its box, becomes
+    owner, i.e. of an image in one layer and group (all denoising queries are one), so that the largest of them, however
+    bad its box, becomes
         'one'      1: better with 300 queries, and what the official code does with 900, too;
         'max-iou'  the largest IoU of any query of the owner with any ground truth (`largest_iou`): better with 900.
                    Where f1(s) > s, this scales down.
-    largest: that number for each owner, None without a rescale; owner (P,) int64: index into it. Pairs that all have
+    wanted: that number for each owner, None without a rescale; owner (P,) int64: index into it. Pairs that all have
     IoU 0 keep target 0.
     """
     target = F1[f1](iou, score).detach()
-    if largest is None:
+    if wanted is None:
         return target
-    before = torch.zeros_like(largest).scatter_reduce(0, owner, target, 'amax')
-    return target * (largest / before.clamp(min=1e-12))[owner]
+    largest = torch.zeros_like(wanted).scatter_reduce(0, owner, target, 'amax')
+    return target * (wanted / largest.clamp(min=1e-12))[owner]
 
 
 # --- The loss of all layers, images and groups at once --------------------------------------------------------------
@@ -161,15 +170,16 @@ def stable_target(iou: Tensor, score: Tensor, owner: Tensor, largest: Tensor | N
 def pair_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and GIoU of box i with other box i: (P,4), (P,4) -> (P,), (P,).
 
-    Of torchvision's, box_iou would compute all P x P, and generalized_box_iou_loss picks the pairs that overlap by a
-    mask, for which the CPU has to wait for the GPU.
+    torchvision's box_iou would compute all P x P, and its generalized_box_iou_loss indexes by a mask, for which the CPU
+    has to wait for the GPU.
     """
     (a_min, a_max), (b_min, b_max) = (x.split(2, 1) for x in (boxes_xyxy, others_xyxy))
     w, h = (torch.minimum(a_max, b_max) - torch.maximum(a_min, b_min)).clamp(min=0).unbind(1)
     hull_w, hull_h = (torch.maximum(a_max, b_max) - torch.minimum(a_min, b_min)).unbind(1)
     overlap, hull = w * h, hull_w * hull_h
     union = box_area(boxes_xyxy) + box_area(others_xyxy) - overlap   # above 0: every ground truth has an area
-    return overlap / union, overlap / union - (hull - union) / hull
+    iou = overlap / union
+    return iou, iou - (hull - union) / hull
 
 
 def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> Tensor:
@@ -190,38 +200,47 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
     query, gt), gt counts through the batch; groups: how the row is cut (matchers.QueryGroup); num_boxes: n_box above.
     Returns three scalars and IoU (P,), through which no gradient flows.
     """
-    (L, B, N, _), (layer, image, query, gt), sizes = logits.shape, matches, [group.queries for group in groups]
     logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))   # half is too coarse
+    (L, B, N, _), (layer, image, query, gt) = logits.shape, matches
+    sizes = [group.queries for group in groups]
+    # The divisors of the table above: weight / (K * n_box) of each layer and query. (With output_size, and from the CPU
+    # with non_blocking, nothing here waits for the GPU.)
     repeats = torch.tensor(sizes).to(logits.device, non_blocking=True)
-    group_of = torch.arange(len(groups), device=logits.device).repeat_interleave(repeats, output_size=N)
-    rows = torch.tensor([[group.weight, *group.copies] for group in groups], dtype=boxes.dtype).T
-    weight, *copies = rows.to(boxes.device, non_blocking=True)                                          # (G,) each
-    scale = (weight / (torch.stack(copies) * num_boxes).clamp(min=1.0))[:, group_of]                    # (L, N)
+    group_of = torch.arange(len(groups), device=logits.device).repeat_interleave(repeats, output_size=N)     # (N,)
+    table = torch.tensor([[group.weight, *group.copies] for group in groups], dtype=boxes.dtype).T
+    table = table.to(boxes.device, non_blocking=True)
+    weight, copies = table[0], table[1:]                                                                # (G,), (L, G)
+    scale = (weight / (copies * num_boxes).clamp(min=1.0))[:, group_of]                                 # (L, N)
 
-    pred, gt_pair, pair_scale = boxes[layer, image, query], torch.cat(list(gt_boxes))[gt], scale[layer, query]
-    l1_loss = ((pred - gt_pair).abs().sum(1) * pair_scale).sum()
-    iou, giou = pair_iou(*(box_convert(b, 'cxcywh', 'xyxy') for b in (pred, gt_pair)))
-    giou_loss, iou = ((1 - giou) * pair_scale).sum(), iou.detach()
+    pair, pair_scale = (layer, image, query), scale[layer, query]
+    pred, target = boxes[pair], torch.cat(list(gt_boxes))[gt]                                           # (P, 4) each
+    l1_loss = ((pred - target).abs().sum(1) * pair_scale).sum()
+    iou, giou = pair_iou(box_convert(pred, 'cxcywh', 'xyxy'), box_convert(target, 'cxcywh', 'xyxy'))
+    giou_loss = ((1 - giou) * pair_scale).sum()
+    iou = iou.detach()   # the score learns from the box only
 
-    label, at = torch.cat(list(gt_labels))[gt], (layer, image, query)
+    label = torch.cat(list(gt_labels))[gt]
     if how.cls_loss == 'ce':
-        matched = torch.zeros_like(logits[..., :-1]).index_put((*at, label), torch.ones_like(iou))
+        matched = torch.zeros_like(logits[..., :-1]).index_put((*pair, label), torch.ones_like(iou))
         losses, weights = ce_loss(logits, matched)                                                      # (L, B, N)
         divisor = torch.stack([part.sum((1, 2)) for part in weights.split(sizes, 2)], 1)                # (L, G)
         loss = (losses.sum(1) * (weight / divisor)[:, group_of]).sum()
     else:
-        of_pairs, s = logits[(*at, label)], iou
+        of_pairs, s = logits[(*pair, label)], iou
         if how.cls_loss == 'stable':
-            owner = (layer * B + image) * len(groups) + group_of[query]
-            largest = {'one': lambda: torch.ones_like(weight).repeat(L * B), 'none': lambda: None,
-                       'max-iou': lambda: largest_iou(boxes, gt_boxes, sizes).flatten()}[how.rescale]()
-            s = stable_target(iou, of_pairs.sigmoid(), owner, largest, how.f1)
+            owner, wanted = (layer * B + image) * len(groups) + group_of[query], None
+            if how.rescale == 'one':
+                wanted = torch.ones_like(weight).repeat(L * B)
+            elif how.rescale == 'max-iou':
+                wanted = largest_iou(boxes, gt_boxes, sizes).flatten()
+            s = stable_target(iou, of_pairs.sigmoid(), owner, wanted, how.f1)
         # Unmatched queries are background in every class, and pay no box loss. Nearly all entries are background, so
         # all are counted as such, and those of the pairs then exchanged: a one-hot target would cost as much again.
         # (In float32 the difference of the two leaves an error of 1e-7 of the larger one.)
         loss = (background_loss(logits, how, (1, 3)) * scale).sum()
         loss = loss + ((match_loss(of_pairs, s, how) - background_loss(of_pairs, how)) * pair_scale).sum()
-    return how.class_weight * loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou
+    class_weight = CLASS_WEIGHTS[how.cls_loss] if how.class_weight is None else how.class_weight
+    return class_weight * loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou
 
 
 def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], matches, encoder_matches, groups,
@@ -235,7 +254,7 @@ def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], 
     """
     pred_logits, pred_boxes, encoder_logits, encoder_boxes = outputs
     # DETR had no encoder proposals, and softmax no score that ranks them: they keep the focal loss.
-    encoder_how = how._replace(cls_loss='focal', class_weight=2.0) if how.cls_loss == 'ce' else how
+    encoder_how = how._replace(cls_loss='focal', class_weight=None) if how.cls_loss == 'ce' else how
     object_or_not = [torch.zeros_like(labels) for labels in gt_labels]
     *decoder, iou = set_loss(pred_logits, pred_boxes, gt_labels, gt_boxes, matches, groups, num_boxes, how)
     *encoder, _ = set_loss(encoder_logits, encoder_boxes, object_or_not, gt_boxes, encoder_matches, proposal_groups,

@@ -3,36 +3,44 @@
 The assignment problem, as the DEIM slides open it: what each worker asks for each task, in dollars.
 
               bathroom  floors  windows
-    Alice         8        4       7        One task each, as cheap as possible in sum: Alice cleans the bathroom, Bob
-    Bob           5        2       3        washes the windows, Carol sweeps the floors, for 8 + 3 + 4 = 15. Bob is the
-    Carol         9        4       8        cheapest everywhere, and is still not sent to the floors for 2.
+    Alice         8        4       7
+    Bob           5        2       3
+    Carol         9        4       8
+
+One task each, as cheap as possible in sum: Alice takes the bathroom, Bob the windows and Carol the floors, for 8 + 3 +
+4 = 15. Bob is the cheapest everywhere, and is still not sent to the floors at 2.
 
 A detector answers with a fixed row of N queries, each a box and C class scores. Training needs to know which query
-has to answer for which object. The row is cut into groups, and a group is three things: how many queries it has, how
-many copies of every ground truth it must find in each decoder layer, and what its loss weighs. Nothing else tells the
-schemes apart; `query_groups` below is the whole subject.
+has to answer for which object. The row is cut into groups, whose queries see only one another. A group has a size, a
+number of copies of every ground truth that it must find in each decoder layer, and the weight of its loss. Nothing else
+tells the schemes apart; `query_groups` below is the whole subject.
 
 The letters, the same in every file of this project unless it says otherwise:
 
-    B images of a batch    L decoder layers       N queries in the row      C classes
-    M boxes of one image   K copies of each box   G groups                  S tokens of the encoder
-    P matched pairs        D width of a token     V levels of the pyramid   E pairs of encoder heads
+    B images of a batch    L decoder layers       N queries in the row           C classes
+    M boxes of one image   K copies of each box   G groups (Group DETR: K)       S tokens of the encoder
+    P matched pairs        D width of a token     V levels of the pyramid        E pairs of encoder heads
 
-Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are not.
+Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are corners.
 
-One toy through all schemes: 6 queries, ground truths A and B, and what each pair costs (`python matchers.py` prints
-it, `--picture FILE` draws it). A letter is the ground truth that query 0..5 has to find, a dot is "nothing here".
+One toy through all schemes: 6 queries, ground truths A and B, and what each pair costs. A letter is the ground truth
+that query 0..5 has to find, a dot is "nothing here" (`python matchers.py` prints it, `--picture FILE` draws it).
 
-    cost    A  B      scheme, its numbers       groups       first layer, early     last layer, late
-    q0      1  2      one2one   n=6             6            A . B . . .            A . B . . .
-    q1      4  3      branch    n=2 T=4 K=2     2 | 4        A B | B A B A          A B | B A B A
-    q2      2  1      epoch     n=6 K=2         6            A B B A . .            A . B . . .
-    q3      3  6      layer     n=6 K=2 L1=1    6            A B B A . .            A . B . . .
-    q4      6  5      group     n=2 G=3         2 | 2 | 2    A B | B A | B A        A B | B A | B A
-    q5      5  9      one2many  n=6 K=2         6            A B B A . .            A B B A . .
+    query    0 1 2 3 4 5
+    cost A   1 4 2 3 6 5
+         B   2 3 1 6 5 9
+
+    scheme, its numbers      groups       first layer, early   last layer, early   last layer, late
+    one2one   n=6            6            A . B . . .          A . B . . .         A . B . . .
+    branch    n=2 T=4 K=2    2 | 4        A B | B A B A        A B | B A B A       A B | B A B A
+    epoch     n=6 K=2        6            A B B A . .          A B B A . .         A . B . . .
+    layer     n=6 K=2 L1=1   6            A B B A . .          A . B . . .         A . B . . .
+    group     n=2 G=3        2 | 2 | 2    A B | B A | B A      A B | B A | B A     A B | B A | B A
+    one2many  n=6 K=2        6            A B B A . .          A B B A . .         A B B A . .
 
 `epoch` changes with the time and `layer` with the depth, `branch` and `group` never: their extra positives live in
-queries of their own. There q4 and q5 are positives, bad as they are, since groups do not compete with one another.
+queries of their own. There q4 and q5 are positives, bad as they are, since each group has to find all objects by
+itself.
 
 Papers: H-DETR = "DETRs with Hybrid Matching"; Group DETR = "Group DETR: Fast DETR Training with Group-Wise
 One-to-Many Assignment". This file needs torch, scipy and torchvision only, and can be copied alone.
@@ -61,8 +69,8 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
     """The table row of a scheme: the groups that are trained at `progress` (0 at the start, 1 at the end of training).
 
     The first group is the detector; the others exist only in training (Group DETR Alg. 1, H-DETR §3.2.1). It needs no
-    NMS where its assignment is one-to-one when it counts, in the last layers at the end of training, and where its
-    self-attention sees no other group: then one query for each object is rewarded, and a second one is background.
+    NMS under two conditions: its last layers end training one-to-one, and its self-attention never sees another group.
+    Then one query for each object is rewarded, and a second one is background. A new scheme is a new row.
 
     n: queries of the first group; T, K, weight (lambda in the paper): queries, copies and loss weight of the
     one-to-many part; rho, L1: the part of training and the number of first layers that are one-to-many; G: groups.
@@ -73,17 +81,18 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
         # DETR: every ground truth has one query, all others learn "nothing here".
         'one2one': [QueryGroup(n, one)],
         # H-DETR §3.2.1, Eq. 1-2: L_one2one + lambda * L_one2many. The T queries are one group and see each other: they
-        # are matched together, and share out the copies among themselves. K = 1 is worse than the baseline (Table 9:
-        # 46.4 against 47.0 AP), since the second group starts from worse proposals (App. D) and one copy repays little;
-        # from K = 3 on it gains.
+        # are matched together, and share out the copies among themselves. K = 1 and 2 lose (Table 9: 46.4 and 46.7
+        # against 47.0 AP) and K = 3 and more gain; the authors' guess is that the second group starts from worse
+        # proposals, which few copies do not repay (§4.2; App. D: with better ones K = 1 gains).
         'branch': [QueryGroup(n, one), QueryGroup(T, many, weight, proposal_copies=K + 1)],
         # H-DETR §3.2.2, Eq. 3-4: one-to-many for the first rho of training, then one-to-one.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
-        # H-DETR §3.2.2, Eq. 5-6: one-to-many on the first L1 layers. (Eq. 6 as printed counts layer L1 twice.)
+        # H-DETR §3.2.2, Eq. 5-6: one-to-many on the first L1 layers. (As printed they overlap in layer L1.)
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
         # Group DETR Eq. 5-7: the mean of G one-to-one losses. The groups must not see each other: a query would find
         # the queries of other groups on its object and learn to count on them, and at inference they are gone
-        # (Table 7: 34.8 AP with attention across the groups, 37.6 without).
+        # (Table 7: 34.8 AP with attention across the groups, 37.6 without). It is more than a mask: each group is
+        # matched and weighed by itself, and attention folds equal groups into the batch (Alg. 1; hybrid_detr.py).
         'group': [QueryGroup(n, one, 1 / G)] * G,
         # H-DETR Table 13 row 1, Group DETR Table 7 (b): K queries are rewarded for one object and nothing ranks them,
         # so inference needs NMS.
@@ -96,10 +105,10 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
 
 def expected_positives(scheme: str, layers: int, epochs: float, **row) -> float:
     """Positive queries of one ground truth in a whole training (H-DETR §4.2: 504 in 12 epochs for all its schemes)."""
-    early, late = (sum(sum(group.copies) for group in query_groups(scheme, layers, progress, **row))
-                   for progress in (0, 1))
-    rho = row.get('rho', 2 / 3)   # only `epoch` changes with time
-    return epochs * (rho * early + (1 - rho) * late)
+    moments = 3000   # of training, whose mean is taken
+    positives = sum(sum(group.copies) for moment in range(moments)
+                    for group in query_groups(scheme, layers, (moment + 0.5) / moments, **row))
+    return epochs * positives / moments
 
 
 class Matches(NamedTuple):
@@ -112,7 +121,7 @@ class Matches(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Settings of the matching cost."""
+    """Settings of `matching_cost`."""
     kind: str = 'focal'          # or 'stable'
     class_weight: float = 2.0    # w below; DETR's softmax cost has 1 (official code)
     f2: float = 0.5              # stable: exponent of s' (Stable-DINO Table 9: 0.25 to 2, best 0.5)
@@ -134,26 +143,25 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
         kind 'stable' (Stable-DINO Eq. 4): p * s'^f2 in place of p, s' = (GIoU+1)/2; 1 for alpha and for 1-alpha
         softmax (DETR, DEIM slides Eq. 2): class = -p, or -p * s'^f2
 
-    The class part is what the focal loss would change by if the query became positive (Deformable DETR's and H-DETR's
-    official code; H-DETR gives no formula, Stable-DINO Eq. 2 has it without alpha). All layers at once, and only with
-    the image's own ground truths; the official code computes every image against the boxes of the whole batch.
+    The focal class part is what the focal loss would change by if the query became positive (Deformable DETR's and
+    H-DETR's official code; H-DETR gives no formula, Stable-DINO Eq. 2 has it without alpha). Computed for all layers at
+    once, and only with the image's own ground truths; the official codes take the boxes of the whole batch.
 
-    Stable-DINO's official code keeps s' in a table of queries x classes, over the whole batch: a later ground truth
-    of the same class overwrites an earlier one, also of another image, and pairs are judged by a foreign box. It also
-    scales the table of an image to a maximum of 1. Here each pair has its own s', as in the paper.
+    Stable-DINO's code keeps one s' for each query and class, so that the last ground truth of a class decides for all,
+    and scales its largest to 1. Here each pair has its own, as in the paper.
     """
     # In half precision the 1e-8 below would be 0, and log(0) no cost.
     pred_logits, pred_boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (pred_logits, pred_boxes))
     boxes = pred_boxes.flatten(0, 1)                                                                # (L*N, 4)
     l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], -1)                          # (L, N, M)
-    # The few ground truths first: three times as fast on the CPU as (L*N, M), and the same numbers.
+    # The few ground truths first: faster on the CPU, and the same numbers.
     giou = generalized_box_iou(*(box_convert(x, 'cxcywh', 'xyxy') for x in (gt_boxes, boxes))).T.reshape(l1.shape)
-    # Only the columns of classes that are present matter: M of C, before any arithmetic.
-    p = class_scores(pred_logits, True)[..., gt_labels] if how.softmax else pred_logits[..., gt_labels].sigmoid()
+    # Only the columns of classes that are present: M of C. (A softmax needs all of them first.)
+    p = class_scores(pred_logits, True)[..., gt_labels] if how.softmax else class_scores(pred_logits[..., gt_labels])
     if how.kind == 'stable':   # a query with a bad box is not taken for its score
-        p = p * ((giou + 1) / 2).clamp(min=0) ** how.f2
-    a, b = (1.0, 1.0) if how.kind == 'stable' and not how.official else (0.25, 0.75)   # alpha, 1 - alpha
-    focal = a * (1 - p) ** 2 * -(p + 1e-8).log() - b * p ** 2 * -(1 - p + 1e-8).log()
+        p = p * ((giou + 1) / 2).clamp(min=0) ** how.f2   # rounding may leave it below 0, which has no root
+    alpha, rest = (1.0, 1.0) if how.kind == 'stable' and not how.official else (0.25, 0.75)
+    focal = alpha * (1 - p) ** 2 * -(p + 1e-8).log() - rest * p ** 2 * -(1 - p + 1e-8).log()
     of_class = -p if how.softmax else focal
     return how.class_weight * of_class + 5 * l1 - 2 * giou
 
@@ -166,14 +174,14 @@ def one_to_many(cost: Tensor, copies: int) -> tuple[Tensor, Tensor]:
     more than N, the N cheapest pairs in sum are made and the other copies stay without a query: (min(N, K*M),) each.
     """
     query_idx, column = linear_sum_assignment(cost.repeat(1, copies).numpy())
-    return torch.from_numpy(query_idx), torch.from_numpy(column) % max(cost.shape[1], 1)
+    return torch.from_numpy(query_idx), torch.from_numpy(column) % max(cost.shape[1], 1)   # an image may have M = 0
 
 
 def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
-    """Solve every layer, image and group by itself: B costs (L,N,M_b) on the CPU -> Matches on the CPU.
+    """Solve every layer, image and group separately: B costs (L,N,M_b) on the CPU -> Matches on the CPU.
 
-    Groups never compete for a ground truth, and neither do the layers: each is matched anew. A query that is in no
-    pair learns "nothing here" from the class loss and nothing from the box losses (losses.set_loss).
+    Groups do not compete for a ground truth, and neither do layers. A query that is in no pair learns "nothing here"
+    from the class loss and nothing from the box losses (losses.set_loss).
     """
     found, first_gt = [], 0
     for image, cost in enumerate(costs):
@@ -184,7 +192,7 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
                 query_idx, gt_idx = (known_pairs(group.queries, copies, cost.shape[2]) if group.denoising else
                                      one_to_many(rows[layer], copies))   # (P,) each, of this image, layer and group
                 here = torch.tensor([[layer], [image]]).expand(2, len(query_idx))
-                found.append(torch.cat([here, query_idx[None] + first_query, gt_idx[None] + first_gt]))
+                found.append(torch.cat([here, query_idx[None] + first_query, gt_idx[None] + first_gt]))       # (4, P)
             first_query += group.queries
         first_gt += cost.shape[2]
     return Matches(*torch.cat(found, 1))
@@ -192,7 +200,8 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
 
 class Denoising(NamedTuple):
     """Queries made from ground truths, in groups of m slots with little noise and m with much; m is the number of
-    boxes of the fullest image, and the others leave slots empty. In the row all of them are one QueryGroup."""
+    boxes of the fullest image, and images with fewer leave slots empty. In the row all of them are one QueryGroup,
+    whose denoising groups see themselves and the detector, and are seen by none (hybrid_detr.GroupSelfAttention)."""
     labels: Tensor   # (B, groups*2*m) int64, C at empty slots
     boxes: Tensor    # (B, groups*2*m, 4)
     groups: int
@@ -207,15 +216,14 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
     """Contrastive denoising (DINO; used by Stable-DINO and DEIM): boxes and labels with noise, to be restored.
 
     gt_labels, gt_boxes: B tensors (M_b,), (M_b,4). There are max(1, number // m) groups, i.e. about `number` noisy
-    ground truths of the fullest image. A label is drawn anew with probability label_noise / 2. Each corner moves by
-    r * half the box's width or height * box_noise, to either side: r in 0..1 for the first m queries of a group, which
-    answer for their ground truths, and in 1..2 for the other m, which are near misses and have to learn "nothing here".
-    Corners that cross are put in order (as in DEIM's code).
+    ground truths of the fullest image. A label is drawn anew with probability label_noise / 2 (DINO's code). Each
+    corner moves by r * half the box's width or height * box_noise, to either side: r in 0..1 for the first m queries of
+    a group, which answer for their ground truths, and in 1..2 for the other m, which are near misses and have to learn
+    "nothing here". Corners that cross are put in order (as in DEIM's code).
     Without any box one group of empty slots is left, so that every step runs the same graph (as DINO's own code).
-    Stable-DINO's released settings draw r in 0..1 for both halves, i.e. without the contrast; the paper names DINO's.
-    It goes with every scheme. H-DETR's authors expect it to conflict with hybrid matching (answering in their
-    repository), Group DETR's find it complementary to their groups (Fig. 8). Their task in each group (footnote 3) is
-    in no released code, and not here.
+    Stable-DINO's released settings draw r in 0..1 for both halves, i.e. without the contrast.
+    It goes with every scheme. Group DETR finds DN-DETR's denoising complementary to its groups (Fig. 8), and gives each
+    group a denoising task of its own (footnote 3), which is in no released code, and not here.
     """
     B, m = len(gt_labels), max(1, *map(len, gt_labels))
     G = max(1, number // m) if any(map(len, gt_labels)) else 1
@@ -223,17 +231,17 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
     filler = gt_labels[0].new_empty(m), gt_boxes[0].new_empty(m, 4)
     labels = pad_sequence([*gt_labels, filler[0]], True, num_classes)[:B]                               # (B, m)
     boxes = pad_sequence([*gt_boxes, filler[1]], True, 0.5)[:B]                                         # (B, m, 4)
-    labels, boxes = (x[:, None, None].expand(B, G, 2, *x.shape[1:]) for x in (labels, boxes))
+    labels, boxes = (x[:, None, None].expand(B, G, 2, *x.shape[1:]) for x in (labels, boxes))      # (B, G, 2, m, .)
     empty = labels == num_classes
     anew = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & ~empty
     labels = torch.where(anew, torch.randint_like(labels, num_classes), labels)
 
     far = torch.arange(2, device=boxes.device).view(2, 1, 1)   # 0 in the first half of a group, 1 in the second
     sign = torch.randint_like(boxes, 2) * 2 - 1
-    shift = sign * (torch.rand_like(boxes) + far) * boxes[..., 2:].repeat(1, 1, 1, 1, 2) / 2 * box_noise
-    corners = (box_convert(boxes, 'cxcywh', 'xyxy') + shift).clamp(0, 1)
-    low, high = torch.minimum(corners[..., :2], corners[..., 2:]), torch.maximum(corners[..., :2], corners[..., 2:])
-    boxes = torch.where(empty[..., None], boxes, box_convert(torch.cat([low, high], -1), 'xyxy', 'cxcywh'))
+    half = boxes[..., 2:].repeat(1, 1, 1, 1, 2) / 2                                                # (B, G, 2, m, 4)
+    corners = box_convert(boxes, 'cxcywh', 'xyxy') + sign * (torch.rand_like(boxes) + far) * half * box_noise
+    in_order = corners.clamp(0, 1).unflatten(-1, (2, 2)).sort(-2).values.flatten(-2)
+    boxes = torch.where(empty[..., None], boxes, box_convert(in_order, 'xyxy', 'cxcywh'))
     return Denoising(labels.flatten(1), boxes.flatten(1, 3), G)
 
 
@@ -244,7 +252,7 @@ def known_pairs(queries: int, groups: int, M: int) -> tuple[Tensor, Tensor]:
 
 
 def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
-    """The encoder's proposals as a row of one layer: each of the E heads is a group of all S tokens.
+    """The encoder's proposals as a row of one layer: each of the E heads, 1 or one a group, is a group of all S tokens.
 
     One head is matched one-to-one (official code of H-DETR). A head for each group is matched one-to-one, too (Group
     DETR A.2), but that of H-DETR's one-to-many group with K+1 copies (App. D), and weighs as much as its group.
@@ -262,14 +270,14 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
 
     pred_* (L,B,N,.), encoder_* (1,B,E*S,.), gt_* B tensors (M_b,) and (M_b,4), groups and proposal_groups: how the
     rows are cut. The encoder is matched with every label 0: it only ranks "object or not" (official code of H-DETR).
-    The GPU is waited for once: all costs cross to the CPU in one transfer. The official code crosses once for each
-    of the 6 + 6 layers of both branches and the encoder.
-    Raises FloatingPointError, with the part, image and layer, if a logit or a box is not finite; with boxes of an area
-    above 0 all costs are finite then.
+    The GPU is waited for once: all costs cross to the CPU in one transfer, where the official code waits for every
+    layer of both branches, and for the encoder.
+    Raises FloatingPointError, with the part, image and layer, if a logit or a box is not finite. Finite ones give
+    finite costs, since every ground truth has an area.
     """
     images = range(len(gt_boxes))
-    rows = sum(group.queries for group in groups if not group.denoising)   # denoising queries come last
-    costs = [matching_cost(pred_logits[:, b, :rows], pred_boxes[:, b, :rows], gt_labels[b], gt_boxes[b], how)
+    matched = sum(group.queries for group in groups if not group.denoising)   # denoising queries come last
+    costs = [matching_cost(pred_logits[:, b, :matched], pred_boxes[:, b, :matched], gt_labels[b], gt_boxes[b], how)
              for b in images]
     encoder_how = how._replace(softmax=False, class_weight=2.0) if how.softmax else how   # as in losses.criterion
     costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b],
@@ -280,7 +288,9 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     on_gpu = [*costs, sums]
     flat = torch.cat([x.flatten() for x in on_gpu]).cpu()
     *on_cpu, sums = [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in on_gpu]), on_gpu)]
-    for layer, image in (~sums.isfinite()).nonzero().tolist():
+    broken = (~sums.isfinite()).nonzero().tolist()
+    if broken:
+        layer, image = broken[0]
         where = 'the encoder' if layer == len(pred_logits) else f'decoder layer {layer}'
         raise FloatingPointError(f'the predictions of {where} are not finite for image {image} of the batch')
     decoder, encoder = assign(on_cpu[:len(images)], groups), assign(on_cpu[len(images):], proposal_groups)
@@ -347,15 +357,15 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description='Carry a toy cost matrix through every matching scheme.')
     parser.add_argument('--picture', metavar='FILE', help='also draw it')
     args = parser.parse_args()
-    print(f'{"scheme":10}{"numbers":20}{"groups":14}{"first layer, early":23}last layer, late')
+    print(f'{"scheme":10}{"numbers":15}{"groups":13}{"first layer, early":21}{"last layer, early":20}last layer, late')
     for scheme, numbers in TOY_ROWS.items():
         cells = []
-        for layer, progress in ((0, 0.0), (1, 1.0)):
+        for layer, progress in ((0, 0.0), (1, 0.0), (1, 1.0)):
             groups, found = toy(scheme, layer, progress)
             letters = iter(found)
             cells.append(' | '.join(' '.join(next(letters) for _ in range(group.queries)) for group in groups))
-        print(f'{scheme:10}{" ".join(f"{k}={v}" for k, v in numbers.items()):20}'
-              f'{" | ".join(str(group.queries) for group in groups):14}{cells[0]:23}{cells[1]}')
+        print(f'{scheme:10}{" ".join(f"{k}={v}" for k, v in numbers.items()):15}'
+              f'{" | ".join(str(group.queries) for group in groups):13}{cells[0]:21}{cells[1]:20}{cells[2]}')
     if args.picture:
         draw(args.picture)
         print(f'picture: {args.picture}')

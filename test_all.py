@@ -307,7 +307,7 @@ class TestGolden(Close, unittest.TestCase):
         self.same(where.valid_ratios, 'valid_ratios', 1e-5)
         self.same(where.centres[:, :, None] * where.valid_ratios[:, None], 'enc_reference_points', 1e-5)
         self.same(seen['memory'][..., ::2], 'memory_ch2', 1e-4, where.padding[..., None])
-        self.same(hybrid_detr.proposals(where), 'proposals_unact', 1e-5)
+        self.same(hybrid_detr.initial_boxes(where), 'proposals_unact', 1e-5)
         self.same(outputs.encoder_logits[0, ..., 0].topk(80).indices, 'topk_proposals', 0)
         self.same(inference.encoder_logits[0, ..., 0].topk(20).indices, 'infer.topk_proposals', 0)
         self.same(boxes, 'init_reference', 1e-5)
@@ -409,7 +409,7 @@ class TestGolden(Close, unittest.TestCase):
             start += h * w
         self.close(where.valid_ratios, arrays['valid_ratios'], 1e-5)
         self.close(where.centres[:, :, None] * where.valid_ratios[:, None], arrays['enc_reference_points'], 1e-5)
-        proposal, wanted = hybrid_detr.proposals(where), torch.from_numpy(arrays['proposals_unact'])
+        proposal, wanted = hybrid_detr.initial_boxes(where), torch.from_numpy(arrays['proposals_unact'])
         self.assertTrue(torch.equal(proposal.isinf(), wanted.isinf()))
         self.assertTrue(torch.equal(~proposal.isinf().any(-1), torch.from_numpy(arrays['proposal_valid'])))
         self.close(proposal[~wanted.isinf()], wanted[~wanted.isinf()], 1e-5)
@@ -886,11 +886,11 @@ class TestSchemes(unittest.TestCase):
         printed = subprocess.run([sys.executable, str(HERE / 'matchers.py')], capture_output=True, text=True,
                                  check=True).stdout
         table = {line.split()[0]: ' '.join(line.split()) for line in printed.splitlines() if line}
-        rows = [re.match(r'    q(\d) +(\d) +(\d) +(\w+ .*)', line) for line in matchers.__doc__.splitlines()]
-        rows = [row for row in rows if row]
-        self.assertEqual([[int(row[2]), int(row[3])] for row in rows], matchers.TOY_COST.tolist())
-        for row in rows:
-            self.assertEqual(' '.join(row[4].split()), table[row[4].split()[0]])
+        rows = {scheme: re.search(rf'^    ({scheme} .*)', matchers.__doc__, re.M) for scheme in matchers.TOY_ROWS}
+        for scheme, row in rows.items():
+            self.assertEqual(' '.join(row[1].split()), table[scheme])
+        costs = [re.search(rf'{name} ((?: +\d){{6}})$', matchers.__doc__, re.M)[1].split() for name in 'AB']
+        self.assertEqual([[float(x) for x in of_gt] for of_gt in costs], matchers.TOY_COST.T.tolist())
         wages = torch.tensor([[int(x) for x in re.search(rf'{name} +(\d+) +(\d+) +(\d+)', matchers.__doc__).groups()]
                               for name in ('Alice', 'Bob', 'Carol')])
         workers, tasks = one_to_many(wages, 1)
@@ -1463,7 +1463,7 @@ class TestGroups(unittest.TestCase):
 
     def test_selection(self):
         logits, boxes = torch.randn(2, 2, 30, 3), torch.randn(2, 2, 30, 4)
-        boxes[1] = boxes[0]    # tokens can be told by their boxes
+        boxes[:, 1] = boxes[:, 0]    # tokens can be told by their boxes
         for selection in ('ranks', 'heads', 'distinct'):
             first, second = tiny_model((6, 9), selection=selection).select(logits, boxes, (6, 9))
             shared = sum(bool((second[b] == box).all(-1).any()) for b in range(2) for box in first[b])
@@ -1789,12 +1789,12 @@ class TestData(unittest.TestCase):
         self.assertEqual((~batch.padding_mask).sum((1, 2)).tolist(), [36, 30])
 
     def test_order_does_not_depend_on_the_process_or_the_start(self):
-        whole = [key for batch in data.TrainBatches(10, 4, 8, seed=1) for key in batch]
+        whole = [key for batch in data.train_batches(10, 4, 8, seed=1) for key in batch]
         self.assertEqual(sorted(index for _, index in whole[:10]), list(range(10)),
                          'an epoch must show every image once')
         self.assertNotEqual(whole[:10], [(0, i) for _, i in whole[10:20]])
-        self.assertEqual([key for batch in data.TrainBatches(10, 4, 8, seed=1, start=3) for key in batch], whole[12:])
-        halves = [list(data.TrainBatches(10, 2, 8, seed=1, rank=rank, world=2)) for rank in (0, 1)]
+        self.assertEqual([key for batch in data.train_batches(10, 4, 8, seed=1, start=3) for key in batch], whole[12:])
+        halves = [list(data.train_batches(10, 2, 8, seed=1, rank=rank, world=2)) for rank in (0, 1)]
         self.assertEqual([key for pair in zip(*halves) for batch in pair for key in batch], whole)
 
 
@@ -1951,14 +1951,14 @@ class TestDenseOneToOne(unittest.TestCase):
         self.assertLess(min(counts), 8, 'no small box was ever removed')
 
     def test_schedule(self):
-        whole = list(data.TrainBatches(10, 4, 12, seed=1, dense=(0.25, 0.75)))
+        whole = list(data.train_batches(10, 4, 12, seed=1, dense=(0.25, 0.75)))
         self.assertEqual([{dense for _, _, dense in batch} for batch in whole],
                          [{False}] * 3 + [{True}] * 6 + [{False}] * 3)
-        self.assertEqual([[key[:2] for key in batch] for batch in whole], list(data.TrainBatches(10, 4, 12, seed=1)))
-        self.assertEqual(list(data.TrainBatches(10, 4, 12, seed=1, start=5, dense=(0.25, 0.75))), whole[5:])
-        halves = [list(data.TrainBatches(10, 2, 12, seed=1, rank=r, world=2, dense=(0.25, 0.75))) for r in (0, 1)]
+        self.assertEqual([[key[:2] for key in batch] for batch in whole], list(data.train_batches(10, 4, 12, seed=1)))
+        self.assertEqual(list(data.train_batches(10, 4, 12, seed=1, start=5, dense=(0.25, 0.75))), whole[5:])
+        halves = [list(data.train_batches(10, 2, 12, seed=1, rank=r, world=2, dense=(0.25, 0.75))) for r in (0, 1)]
         self.assertEqual([a + b for a, b in zip(*halves)], whole)
-        self.assertEqual(sum(batch[0][2] for batch in data.TrainBatches(10, 1, 60, dense=data.DENSE)), 30)
+        self.assertEqual(sum(batch[0][2] for batch in data.train_batches(10, 1, 60, dense=data.DENSE)), 30)
 
     def test_resumed_and_parallel_batches_are_equal(self):
         dense = data.DenseOneToOne(data.ShapesDataset(length=9, size=32), 32)
@@ -1974,7 +1974,8 @@ class TestDenseOneToOne(unittest.TestCase):
     def test_a_folder(self):
         with tempfile.TemporaryDirectory() as root, quiet():
             dataset = data.CocoFolder(coco_folder(Path(root)), 'train', 40, augment=True)
-            dataset.images, dataset.first = dataset.images + dataset.images[:1], [*dataset.first, dataset.first[-1]]
+            dataset.images = dataset.images + dataset.images[:1]
+            dataset.first_row = [*dataset.first_row, dataset.first_row[-1]]
             dense = data.DenseOneToOne(dataset, 40, vertical_flip=True)
             samples = [dense[epoch, index, True] for epoch in range(3) for index in range(4)]
             self.assertEqual(dense.coco_json(), dataset.coco_json())
@@ -2030,7 +2031,7 @@ class TestDenseGolden(unittest.TestCase):
         self.assertTrue(torch.equal(torch.cat([s.labels for s in mixed]), golden('labels')))
         self.assertEqual([len(s.boxes) for s in mixed], golden('counts').tolist())
         # An epoch of one image, from epoch 4 of 58 to 29.
-        batches = [batch[0][2] for batch in data.TrainBatches(1, 1, 58, dense=(4 / 58, 29 / 58))]
+        batches = [batch[0][2] for batch in data.train_batches(1, 1, 58, dense=(4 / 58, 29 / 58))]
         self.assertEqual([int(batches[epoch]) for epoch in (0, 3, 4, 28, 29, 40)],
                          golden('active_at_epochs_0_3_4_28_29_40').tolist())
 
@@ -2693,7 +2694,7 @@ class TestCommands(unittest.TestCase):
                 patches.enter_context(unittest.mock.patch.object(
                     torch.Tensor, name, lambda x, *args, name=name, real=real: calls.append(name) or real(x, *args)))
             patches.enter_context(Operators())
-            parts, _ = train.loss_of(model, model, batch, settings, 0.0, 5.0)
+            parts, _ = train.loss_of(model, batch, settings, 0.0, 5.0)
             sum(parts.values()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         # match copies the costs, looks on the CPU for what is not finite, and solves.
@@ -2709,7 +2710,7 @@ class TestCommands(unittest.TestCase):
             return ({**parts, 'class': parts['class'] * math.nan}, stats) if len(calls) > 50 else (parts, stats)
 
         with unittest.mock.patch.object(train, 'loss_of', spoil_later):
-            first, second = next(itertools.islice(data.TrainBatches(12, 2, 60), 50, None))
+            first, second = next(itertools.islice(data.train_batches(12, 2, 60), 50, None))
             names = f'shapes/train/{first[1]}, shapes/train/{second[1]}'
             self.refuses(f'step 50: class is not finite; the images are {names}. Lower', train.main, *SMALL, '--scheme',
                          'one2one', '--out', str(self.root / 'run'), '--steps', '60', '--eval-every', '100')
@@ -2789,7 +2790,7 @@ class TestCommands(unittest.TestCase):
             settings = train.complete({'scheme': 'one2one', 'n': 6, 'cls_loss': 'ce', 'accumulate': accumulate})
             model.eval()   # batch norm
             model.training = True
-            parts[accumulate], _ = train.loss_of(model, model, batch, settings, 0.0, 5.0)
+            parts[accumulate], _ = train.loss_of(model, batch, settings, 0.0, 5.0)
         self.assertAlmostEqual(float(parts[1]['class'] / parts[2]['class']), 2, places=4)
         self.assertAlmostEqual(float(parts[1]['l1'] / parts[2]['l1']), 1, places=5)
 
@@ -2991,12 +2992,12 @@ class TestCommands(unittest.TestCase):
         logits = torch.tensor([[[[0.0, 3], [2, 0], [5, 5]]]])   # the third query is of another group
         matches = Matches(*(torch.tensor(x) for x in ([0, 0], [0, 0], [0, 2], [0, 0])))
         outputs = hybrid_detr.Outputs(logits, None, None, None)
-        iou, score, count, unmatched, pairs = train.matching_stats(outputs, matches, torch.tensor([0]),
-                                                                   torch.tensor([0.6, 0.9]), (2, 1)).tolist()
-        self.assertAlmostEqual(iou, 0.6, places=6)
-        self.assertAlmostEqual(score, 0.5, places=6, msg='the score of the matched class, not the largest')
-        self.assertAlmostEqual(unmatched, 1 / (1 + math.exp(-2)), places=6)
-        self.assertEqual((count, pairs), (1, 2))
+        stats = train.matching_stats(outputs, matches, torch.tensor([0]), torch.tensor([0.6, 0.9]), (2, 1))
+        stats = {name: value.item() for name, value in stats.items()}
+        self.assertAlmostEqual(stats['iou'], 0.6, places=6)
+        self.assertAlmostEqual(stats['score'], 0.5, places=6, msg='the score of the matched class, not the largest')
+        self.assertAlmostEqual(stats['unmatched'], 1 / (1 + math.exp(-2)), places=6)
+        self.assertEqual((stats['matched'], stats['pairs']), (1, 2))
 
     def test_perfect_detections_have_ap_1(self):
         dataset = data.ShapesDataset('val', 4, 64, 0)

@@ -1,14 +1,14 @@
 """Train a detector with any matching scheme:  python train.py --scheme group
 
-One loop, in the order things happen: learning rate, batch, forward, match, loss, backward, clip, step, log; now and
-then save and evaluate. It is `train`, near the end, and a step is `loss_of`: read these two first, the settings later.
+Settings first; then the loop (`train`), in the order things happen: learning rate, batch, step, log, save, evaluate;
+then a step of it (`loss_of`): forward, match, loss; then what a run needs before and after. The flags come last.
+
 On CUDA if there is one, else on the CPU. Under `torchrun --nproc_per_node=W` the same code runs W times, each process
 with --batch-size images of its own.
 
 Letters as in the other files: B images, L decoder layers, N queries, K copies, G groups, P matched pairs.
 """
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -31,7 +31,7 @@ import eval as evaluation
 import hybrid_detr
 from data import DENSE, DenseOneToOne, FirstImages, UserError, open_dataset, train_loader
 from hybrid_detr import HybridDETR, Outputs, official_name
-from losses import F1, LossSettings, criterion
+from losses import CLASS_WEIGHTS, F1, LossSettings, criterion
 from matchers import class_scores, denoising_queries, encoder_groups, expected_positives, match, query_groups
 
 # --- Settings: what is not given as a flag comes from here ----------------------------------------------------------
@@ -45,8 +45,7 @@ TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine'
             pretrained=False)
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
-OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # classification losses of which the released code has another form
-CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)   # see losses.LossSettings
+OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # losses whose released code differs from the paper
 # 1 / (1 - decay) steps are averaged: 10,000 of DEIM's 440,000 (its code; warm-up of RT-DETRv2), 50 of tiny's 600.
 EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}   # tiny or not
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=3)
@@ -69,6 +68,7 @@ CHOICES = {'selection': ('ranks', 'heads', 'distinct'), 'cls_loss': tuple(CLASS_
            'fusion': ('none', 'simple', 'ulike', 'dense'), 'schedule': ('step', 'cosine', 'flat-cosine'),
            'init_part': tuple(PARTS)}
 ROW_NUMBERS = ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G')
+LOG_EVERY = 50   # steps
 
 # The papers that change no assignment are switches, which go with every scheme; a preset is one2one with the paper's.
 # Both were built on detectors with contrastive denoising (DINO, RT-DETRv2).
@@ -76,199 +76,268 @@ PRESETS = {'stable': dict(cls_loss='stable', cost='stable', fusion='dense', deno
            'deim': dict(cls_loss='mal', dense_o2o=True, schedule='flat-cosine', ema=True, denoising=100)}
 
 
-def parse(argv: list[str] | None = None) -> dict:
-    """The flags that were given, by name; `complete` fills in the others."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
-    group = parser.add_argument_group('what to train')
-    schemes = ', '.join(scheme for scheme in PAPER_ROWS if scheme not in PRESETS)
-    group.add_argument('--scheme', help=f'matching scheme: {schemes} (default branch); or a preset of the switches '
-                                        f'below: {", ".join(PRESETS)}')
-    group.add_argument('--data', help="'shapes', made on the fly, or a folder in the COCO layout (default shapes)")
-    group.add_argument('--model', help='tiny, r50, or a ResNet or Swin of torchvision by name (default tiny)')
-    group.add_argument('--overfit', type=int, metavar='N', help='train and evaluate on the first N training images')
-    group = parser.add_argument_group("the scheme's numbers (defaults depend on scheme and model)")
-    group.add_argument('--queries', dest='n', type=int, help='n, queries of the first group, the detector')
-    group.add_argument('--T', type=int, help='branch: queries of the one-to-many group; 0 is the baseline')
-    group.add_argument('--K', type=int, help='branch, epoch, layer, one2many: copies of each ground truth')
-    group.add_argument('--weight', type=float, help='branch: lambda, loss weight of the one-to-many group')
-    group.add_argument('--rho', type=float, help='epoch: part of training that is one-to-many, 0 to 1')
-    group.add_argument('--L1', type=int, help='layer: how many first decoder layers are one-to-many')
-    group.add_argument('--G', type=int, help='group: number of groups')
-    group.add_argument('--selection', choices=CHOICES['selection'],
-                       help='which proposals a group gets: the next ranks of one encoder head (H-DETR), the best of a '
-                            'head of its own (Group DETR A.2; default of group), or of those the best that no earlier '
-                            'group has (H-DETR App. D)')
-    group.add_argument('--no-separate-attention', dest='separate_attention', action='store_false',
-                       help='let the groups see each other in training (Group DETR Table 7 c)')
-    group = parser.add_argument_group('what a match is worth: Stable-DINO and DEIM, with every scheme')
-    group.add_argument('--cls-loss', choices=CHOICES['cls_loss'], help='classification loss (default focal)')
-    group.add_argument('--class-weight', type=float, help='its weight (default: focal 2, stable 6, others 1)')
-    group.add_argument('--mal-gamma', type=float, help='mal: exponent (default 1.5)')
-    group.add_argument('--f1', choices=CHOICES['f1'], help='stable: what supervises a score, of IoU s and score p '
-                                                       '(Stable-DINO Table 7; default s2, the square)')
-    group.add_argument('--rescale', choices=CHOICES['rescale'],
-                       help='stable: what the largest target of an image is scaled to (§2.2; default one)')
-    group.add_argument('--official-losses', action='store_true',
-                       help="the released codes' weights in vfl, mal and stable loss and alpha in the stable cost, "
-                            "instead of the papers' form")
-    group.add_argument('--cost', choices=CHOICES['cost'],
-                       help='matching cost; stable: scores count as much as the box is good (Stable-DINO Eq. 4)')
-    group.add_argument('--cost-class', type=float, help='weight of its class part (default 2; ce 1)')
-    group.add_argument('--f2', type=float, help="stable cost: exponent of the box's quality (default 0.5)")
-    group.add_argument('--fusion', choices=CHOICES['fusion'],
-                       help='join backbone and encoder features (Stable-DINO §3; default none; with the two encoder '
-                            'layers of tiny, ulike is simple)')
-    group.add_argument('--denoising', type=int, nargs='?', const=100, metavar='N',
-                       help='contrastive denoising of about N ground truths an image (default 0, without N 100)')
-    group.add_argument('--dense-o2o', action=argparse.BooleanOptionalAction,
-                       help='mosaic and mixup, each for half of the images, from 7 to 57 %% of training (DEIM)')
-    group.add_argument('--ema', type=float, nargs='?', const=True, metavar='DECAY',
-                       help='evaluate and save a moving average of the weights (default 0, which is none; without '
-                            'DECAY 0.9999, tiny 0.98)')
-    group = parser.add_argument_group('model: the switches of H-DETR Table 8')
-    group.add_argument('--ffn', type=int, help='width of the feed-forward layers (tiny 256, else 2048)')
-    group.add_argument('--dropout', type=float, help='dropout in the transformer (default 0)')
-    group.add_argument('--no-mixed-selection', dest='mixed_selection', action='store_false',
-                       help='query content from the proposal, too, instead of learned')
-    group.add_argument('--no-look-forward-twice', dest='look_forward_twice', action='store_false',
-                       help="the box loss of a layer stops at the layer's own head")
-    group.add_argument('--no-pretrained', dest='pretrained', action='store_false',
-                       help='start the backbone from scratch and train its batch norm (always so for tiny)')
-    group = parser.add_argument_group('optimisation')
-    group.add_argument('--image-size', type=int, help='largest short side of the images (tiny 128 or 192, else 800)')
-    group.add_argument('--vertical-flip', action='store_true', help='for photographs without an up, as microscopes see')
-    group.add_argument('--batch-size', type=int, help='images of a step, per process (tiny 16 or 4, else 2)')
-    group.add_argument('--accumulate', type=int, help='batches whose gradients are added up for a step (default 1)')
-    group.add_argument('--epochs', type=float, help='passes over the training images (default 12 if not tiny)')
-    group.add_argument('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
-    group.add_argument('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
-    group.add_argument('--schedule', choices=CHOICES['schedule'],
-                       help='x0.1 for the last twelfth; cosine (tiny); or constant, then cosine to one half (DEIM)')
-    group.add_argument('--warmup', type=float, help='part of training in which the rate rises (tiny 0.05, else 0)')
-    group.add_argument('--weight-decay', type=float, help='of AdamW (default 1e-4)')
-    group.add_argument('--clip', type=float, help='largest norm of the gradient (default 0.1)')
-    group.add_argument('--seed', type=int, help='of weights, order, augmentation and shapes (default 0)')
-    group = parser.add_argument_group('files and machine')
-    group.add_argument('--out', help='folder of the run (default runs/SCHEME, numbered if it is taken)')
-    group.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, settings unchanged')
-    group.add_argument('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
-    group.add_argument('--init-part', choices=CHOICES['init_part'], help='take only this from --init (default all)')
-    group.add_argument('--fixed-encoder', action='store_true',
-                       help='do not train what --init-part backbone or encoder takes (Group DETR Table 1)')
-    group.add_argument('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
-    group.add_argument('--unstable', type=int, metavar='N',
-                       help='with every evaluation, match N images and tell how many objects change their query from '
-                            'layer to layer (the unstable score; the paper has N = 20; default 0, not)')
-    group.add_argument('--samples', metavar='FILE', help='draw what this run would train on to a PNG, and stop')
-    group.add_argument('--workers', type=int, help='processes that load images (default 2)')
-    group.add_argument('--device', choices=('cuda', 'cpu'), help='default cuda if there is one')
-    group.add_argument('--amp', action=argparse.BooleanOptionalAction,
-                       help='forward in bfloat16, matching and losses in float32 (default on CUDA that supports it)')
-    group.add_argument('--compile', action='store_true',
-                       help='compile the deformable attention, for CUDA (it makes the CPU slower)')
-    group.add_argument('--checkpoint-activations', action='store_true',
-                       help='compute the activations of encoder and decoder twice instead of keeping them')
-    return vars(parser.parse_args(argv))
+class Machine(NamedTuple):
+    """Where and how a run computes: what is no setting of the training."""
+    device: torch.device
+    amp: bool | None   # None: as `must_stay` decides
+    workers: int
+    checkpoint_activations: bool
+    rank: int
+    world: int
 
 
-def flag(name: str) -> str:
-    return '--queries' if name == 'n' else '--' + name.replace('_', '-')
+# --- The loop -------------------------------------------------------------------------------------------------------
+
+def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machine) -> None:
+    """Train, evaluate and save, from the first step, or from where `checkpoint` stopped, to the last."""
+    # Data and model.
+    device, rank, world = machine.device, machine.rank, machine.world
+    torch.manual_seed(settings['seed'])
+    train_set, val_set = open_data(settings)
+    categories = {'ids': train_set.categories.ids, 'names': train_set.categories.names}
+    constant = must_stay(checkpoint, folder, categories, machine, len(train_set))
+    model, average, optimizer, start = model_and_optimizer(settings, folder, checkpoint, len(categories['ids']), device)
+    model.checkpoint_activations, amp = machine.checkpoint_activations, constant['amp']
+    parallel, evaluated = model, average or model   # what computes the gradients; what is evaluated and saved
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
+        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+
+    # How long, and how often.
+    batch_size, accumulate = min(settings['batch_size'], len(train_set)), settings['accumulate']
+    step_size = batch_size * world * accumulate
+    steps_per_epoch = max(1, len(train_set) // step_size)   # rounded for the log; the loader leaves no image out
+    steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
+    eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
+    # About once an epoch, and only where the numbers were just looked at: a multiple of LOG_EVERY.
+    save_every = LOG_EVERY * math.ceil(steps_per_epoch / LOG_EVERY)
+    if rank == 0:
+        print(f'{folder}: steps {start} to {steps} of {step_size} images on {device}{" in bfloat16" * amp}, '
+              f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
+        describe_scheme(settings, len(model.decoder), epochs=steps / steps_per_epoch)
+        if start >= steps:
+            print('  this run is at its end: nothing is left to train')
+        journal = Journal(folder / 'metrics.jsonl', start if checkpoint else None)
+
+    def evaluate(done: int, told: str = '') -> None:
+        if world > 1:   # in the last step each process updated batch norm for itself: all evaluate what is saved
+            for buffer in evaluated.buffers():
+                dist.broadcast(buffer, 0)
+        rows = evaluation.detect(evaluated, val_set, categories['ids'], batch_size=batch_size, workers=machine.workers)
+        if rank == 0:
+            metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
+            metrics['duplicates'] = evaluation.duplicate_rate(rows)
+            if settings['unstable']:
+                metrics['unstable'] = evaluation.unstable_score(evaluated, val_set, categories['ids'],
+                                                                settings['unstable'], evaluation.cost_of(settings))
+            journal.write({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
+            told += f', last unstable score {metrics["unstable"][-1]:.0f} %' if metrics.get('unstable') else ''
+            tqdm.write('step {}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates{}'
+                       .format(done, told, **metrics))
+
+    # A run that was stopped after a checkpoint and before its evaluation catches up on it.
+    due = start > 0 and (start % eval_every == 0 or start == steps)
+    missed = [rank == 0 and due and not any(r['step'] == start and 'AP' in r for r in journal.records)]
+    if world > 1:
+        dist.broadcast_object_list(missed, 0)   # only the first process reads the file
+    if missed[0]:
+        evaluate(start)
+
+    dense = DENSE if isinstance(train_set, DenseOneToOne) else None
+    loader = iter(train_loader(train_set, batch_size, steps * accumulate, machine.workers, settings['seed'],
+                               start * accumulate, rank, world, pin=device.type == 'cuda', dense=dense))
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0,
+               mininterval=1 if sys.stderr.isatty() else 30)
+    recent, since = [], time.perf_counter()
+    model.train()
+    for step in bar:
+        progress, done = step / steps, step + 1
+        # Everything that changes with time follows from `step` alone (learning rate, order of the images, dropout):
+        # nothing of it has to be saved, and a resumed run is equal to the bit.
+        for parameters in optimizer.param_groups:
+            parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
+        torch.manual_seed((settings['seed'] * steps + step) * world + rank)
+        batches = [next(loader) for _ in range(accumulate)]
+        # What divides the loss: the boxes of all images of the step, so that an empty image weighs nothing extra. The
+        # mean over the processes, whose gradients are averaged, too.
+        num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
+        if world > 1:
+            num_boxes = torch.full((), num_boxes / world, device=device)   # torch.tensor would wait for the GPU
+            dist.all_reduce(num_boxes)
+
+        optimizer.zero_grad(set_to_none=True)
+        numbers = {}
+        for i, batch in enumerate(batches):
+            if world > 1:   # processes exchange their gradients once a step
+                parallel.require_backward_grad_sync = i == accumulate - 1
+            try:
+                parts, stats = loss_of(parallel, batch.to(device), settings, progress, num_boxes, amp)
+            except UserError as error:
+                check_finite(recent, model)   # or has an earlier step spoiled the weights?
+                raise UserError(f'step {step}: {error}') from None
+            sum(parts.values()).backward()
+            for name, value in {**parts, **stats}.items():
+                numbers[name] = numbers.get(name, 0) + value.detach()
+        # The summed losses of all layers are large: clipping at 0.1 (official code) acts at nearly every step.
+        numbers['gradient_norm'] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
+        optimizer.step()
+        if average:
+            update_average(average, model, done, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
+
+        # Kept on the device: reading a number after every step would make the CPU wait for it.
+        recent.append((step, numbers, [name for batch in batches for name in batch.names]))
+        now_evaluate = done % eval_every == 0 or done == steps
+        if done % LOG_EVERY == 0 or now_evaluate or INTERRUPTS:
+            check_finite(recent, model, evaluated)   # before anything is saved
+            record = {'step': done, 'epoch': round(done / steps_per_epoch, 3),
+                      **summary(recent, batch_size, accumulate), 'lr': optimizer.param_groups[0]['lr'],
+                      'images_per_second': len(recent) * step_size / (time.perf_counter() - since)}
+            if rank == 0:
+                journal.write(record)
+            bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
+                                '{images_per_second:.0f} images/s'.format(**record))
+            recent, since = [], time.perf_counter()
+        # Before the evaluation: whatever goes wrong there, the training is kept.
+        if rank == 0 and (done % save_every == 0 or now_evaluate or INTERRUPTS):
+            save(folder / 'checkpoint.pt', {
+                'model': evaluated.state_dict(), 'optimizer': optimizer.state_dict(),
+                **({'trained_model': model.state_dict()} if average else {}),
+                'step': done, 'settings': settings, 'categories': categories, **constant,
+                'architecture': architecture(settings, len(categories['ids']))})
+        if INTERRUPTS:
+            print(f'\nstopped after step {done}: go on with  python train.py --resume {folder}')
+            sys.exit(130)
+        if now_evaluate:
+            evaluate(done, '; in training matched IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched '
+                           '{best_unmatched_score:.2f}'.format(**record))
+            since = time.perf_counter()
+
+    if rank == 0:
+        picture = folder / 'predictions.png'
+        evaluation.draw_predictions(evaluated, val_set, categories['ids'], picture)
+        print(f'checkpoint: {folder / "checkpoint.pt"}\npicture:    {picture}\n'
+              f'look:       python eval.py --weights {folder / "checkpoint.pt"} --pictures 8')
+    if world > 1:
+        dist.destroy_process_group()
 
 
-def complete(given: dict) -> dict:
-    """Fill in the flags that were not given, by model and scheme. Raises UserError for values that make no sense."""
-    scheme, tiny = given.get('scheme', COMMON['scheme']), given.get('model', COMMON['model']) == 'tiny'
-    rows = TINY_ROWS if tiny else PAPER_ROWS
-    if scheme not in rows:
-        raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)}')
-    row = rows[scheme]
-    for name in ROW_NUMBERS:
-        if name in given and name not in row:
-            raise UserError(f'{flag(name)} {given[name]}: scheme {scheme} only has {", ".join(map(flag, row))}')
-    photos = TINY_PHOTOS if tiny and given.get('data', COMMON['data']) != 'shapes' else {}
-    settings = {'selection': 'heads' if scheme == 'group' else 'ranks', **COMMON, **(TINY if tiny else PAPER), **photos,
-                **row, **PRESETS.get(scheme, {}), **given}
-    settings.setdefault('class_weight', CLASS_WEIGHTS[settings['cls_loss']])
-    settings.setdefault('cost_class', 1.0 if settings['cls_loss'] == 'ce' else 2.0)
-    if settings['schedule'] == 'flat-cosine' and not tiny:
-        settings['warmup'] = given.get('warmup', 0.005)   # DEIM's 2000 of 440,000 steps
-    if settings['ema'] is True:
-        settings['ema'] = EMA[tiny]['decay']
-    for name, needs in dict(f1='stable', rescale='stable', mal_gamma='mal').items():
-        if name in given and settings['cls_loss'] != needs:
-            raise UserError(f'{flag(name)} {given[name]}: only --cls-loss {needs} has it')
-    if 'f2' in given and settings['cost'] != 'stable':
-        raise UserError(f'--f2 {given["f2"]}: only --cost stable has it')
-    cost_has_two = settings['cost'] == 'stable' and settings['cls_loss'] != 'ce'   # softmax costs have no alpha
-    if settings['official_losses'] and not cost_has_two and settings['cls_loss'] not in OFFICIAL_FORMS:
-        raise UserError(f'--official-losses: --cls-loss {settings["cls_loss"]} with --cost {settings["cost"]} has one '
-                        'form only')
-    if settings['init_part'] != 'all' and not settings['init']:
-        raise UserError(f'--init-part {settings["init_part"]}: needs --init FILE')
-    if settings['fixed_encoder'] and settings['init_part'] == 'all':
-        raise UserError('--fixed-encoder: needs --init FILE --init-part encoder (or backbone)')
-    if settings['overfit'] and given.get('dense_o2o'):
-        raise UserError('--dense-o2o: --overfit trains on images as they are')
-    settings['dense_o2o'] = settings['dense_o2o'] and not settings['overfit']
-    if 'steps' in given and 'epochs' in given:
-        raise UserError('--steps and --epochs: give one of them')
-    if 'epochs' in given:
-        settings.pop('steps', None)
-    check(settings)
-    if given.get('K', 1) > 1 and settings.get('T') == 0:
-        raise UserError(f'--K {given["K"]} with --T 0: there is no one-to-many group to find {given["K"]} copies')
-    return settings
+# --- A step of it ---------------------------------------------------------------------------------------------------
+
+def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, num_boxes: float | torch.Tensor,
+            amp: bool = False, tick=lambda stage: None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Forward, matching and loss of a batch -> the weighted parts of the loss, and `matching_stats`.
+
+    parallel: the model, or what DistributedDataParallel made of it; tick is called with the name of every stage that is
+    over (eval.py --benchmark). Raises UserError that names the images if the predictions are not finite.
+    """
+    model = getattr(parallel, 'module', parallel)
+    layers, heads = len(model.decoder), len(model.encoder_class_heads)
+    # All groups of the row at once; at inference only the first exists.
+    groups, noised = query_groups(layers=layers, progress=progress, **row_of(settings)), None
+    if settings['denoising']:
+        noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
+        groups.append(noised.query_group(layers))
+    try:
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
+            outputs = parallel(batch.images, batch.padding_mask, noised=noised)
+    except ValueError as error:   # too few tokens for the queries; all images of a batch have one size
+        raise UserError(f'{batch.names[0]}: {error}') from None
+    outputs = Outputs(*(x.float() for x in outputs))   # a bfloat16 box is good to 1/256 of the image
+    tick('forward')
+    proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
+    try:
+        matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals,
+                                         evaluation.cost_of(settings))
+    except FloatingPointError as error:
+        raise UserError(f'{error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
+    tick('matching')
+    parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
+                           num_boxes, loss_settings(settings))
+    if settings['cls_loss'] == 'ce':   # a mean over its own batch, whatever num_boxes says
+        parts['class'] = parts['class'] / settings['accumulate']
+    stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups, model.softmax)
+    tick('loss')
+    return parts, stats
 
 
-def check(settings: dict) -> None:
-    """Raises UserError for a value that is out of its range, whether it was given or read from a checkpoint."""
-    for name, choices in CHOICES.items():
-        if settings[name] not in choices:
-            raise UserError(f'{flag(name)} {settings[name]}: choose from {", ".join(choices)}')
-    for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
-                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=1,
-                            cost_class=0, f2=0, denoising=0, ema=0, unstable=0, accumulate=1).items():
-        if not math.inf > settings.get(name, least) >= least:   # so that nan fails, too
-            raise UserError(f'{flag(name)} {settings[name]}: must be a number of at least {least}')
-    # numpy's generator takes 32 bits, and the shapes of `val` have seed 2 * seed + 1; torch's, 64 of seed * steps.
-    for name, most in dict(seed=2 ** 31 - 1, steps=10 ** 9, epochs=10 ** 9, eval_every=10 ** 9,
-                            accumulate=10 ** 6).items():
-        if settings.get(name) is not None and settings[name] > most:
-            raise UserError(f'{flag(name)} {settings[name]}: must be at most {most}')
-    for name in ('epochs', 'eval_every', 'clip'):
-        if settings.get(name) is not None and not settings[name] > 0:
-            raise UserError(f'{flag(name)} {settings[name]}: must be above 0')
-    for name in ('rho', 'dropout', 'warmup', 'ema'):
-        if not settings.get(name, 0) <= 1:
-            raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
-    if settings['schedule'] == 'flat-cosine' and settings['warmup'] > DENSE[1]:
-        raise UserError(f'--warmup {settings["warmup"]}: flat-cosine falls from {DENSE[1]:.2f} of training on')
-    layers = (TINY_MODEL if settings['model'] == 'tiny' else PAPER_MODEL)['decoder_layers']
-    if settings.get('L1', 0) > layers:
-        raise UserError(f'--L1 {settings["L1"]}: the decoder has {layers} layers')
+def matching_stats(outputs, matches, labels, iou, queries, softmax: bool = False) -> dict[str, torch.Tensor]:
+    """What the matching did with the detector, the n queries of the first group, in the last layer: sum of the IoU of
+    its pairs, sum of their scores for the matched class, their number; the best score of an unmatched query, mean over
+    the images; and the pairs of all groups and layers, without denoising. No boolean indexing: it would wait for the
+    GPU. queries: of each group."""
+    n = queries[0]
+    scores = class_scores(outputs.pred_logits[-1].detach(), softmax)                                    # (B, N, C)
+    final = (matches.layer == len(outputs.pred_logits) - 1) & (matches.query < n)                       # (P,)
+    of_pairs = scores[matches.image, matches.query, labels[matches.gt]] * final
+    matched = torch.zeros_like(scores[..., 0])                                                          # (B, N)
+    matched = matched.index_put((matches.image, matches.query), final.to(scores), accumulate=True)
+    return {'iou': (iou * final).sum(), 'score': of_pairs.sum(), 'matched': final.sum(),
+            'unmatched': (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean(),
+            'pairs': (matches.query < sum(queries)).sum()}
 
 
-def row_of(settings: dict) -> dict:
-    """The arguments of matchers.query_groups."""
-    scheme = 'one2one' if settings['scheme'] in PRESETS else settings['scheme']
-    return {'scheme': scheme, **{name: settings[name] for name in ROW_NUMBERS if name in settings}}
+def lr_factor(settings: dict, progress: float) -> float:
+    """What the learning rate is multiplied by at `progress` 0..1; follows from the step alone, so nothing to save."""
+    if progress < settings['warmup']:
+        if settings['schedule'] == 'flat-cosine':
+            return (progress / settings['warmup']) ** 2   # its first step does nothing, as in DEIM's code
+        return (progress + 1e-3) / (settings['warmup'] + 1e-3)
+    if settings['schedule'] == 'step':   # epoch 11 of 12; the papers' longer runs drop it at about the same part
+        return 1.0 if progress < 11 / 12 else 0.1
+    if settings['schedule'] == 'flat-cosine':
+        return flat_cosine(progress)
+    return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)))
 
 
-def architecture(settings: dict, num_classes: int) -> dict:
-    """The arguments of HybridDETR, which a checkpoint has to remember."""
-    tiny = settings['model'] == 'tiny'
-    size = TINY_MODEL if tiny else PAPER_MODEL
-    groups = query_groups(layers=size['decoder_layers'], **row_of(settings))
-    switches = ('ffn', 'dropout', 'mixed_selection', 'look_forward_twice', 'separate_attention', 'selection', 'fusion')
-    return dict(num_classes=num_classes, groups=[group.queries for group in groups],
-                backbone='resnet50' if settings['model'] == 'r50' else settings['model'],
-                frozen_backbone=settings['pretrained'], denoising=settings['denoising'] > 0,
-                softmax=settings['cls_loss'] == 'ce', **{name: settings[name] for name in switches}, **size)
+def flat_cosine(progress: float, flat: float = DENSE[1], end: float = 58 / 60, gamma: float = 0.5) -> float:
+    """DEIM's schedule after its quadratic warm-up: factor 1 until `flat`, where mosaic and mixup end, then a cosine
+    down to gamma at `end`, and constant; in parts of training, 0 to 1, those of its RT-DETRv2 R50 (official code)."""
+    along = min(max((progress - flat) / (end - flat), 0.0), 1.0)
+    return gamma + (1 - gamma) * 0.5 * (1 + math.cos(math.pi * along))
 
 
-def loss_settings(settings: dict) -> LossSettings:
-    return LossSettings(settings['cls_loss'], settings['class_weight'], mal_gamma=settings['mal_gamma'],
-                        f1=settings['f1'], rescale=settings['rescale'], official=settings['official_losses'])
+@torch.no_grad()
+def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float, warmup: float) -> None:
+    """average = d * average + (1-d) * model, d = decay * (1 - exp(-step / warmup)) after step 1, 2, ... (DEIM's code).
+
+    d starts near 0, so that the first weights, which know nothing, are forgotten. Buffers are averaged, too.
+    """
+    d = decay * (1 - math.exp(-step / warmup))
+    for mean, new in zip(average.state_dict().values(), model.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(new, 1 - d)
+        else:
+            mean.copy_(new)
+
+
+def check_finite(recent: list[tuple[int, dict[str, torch.Tensor], list[str]]], *models: torch.nn.Module) -> None:
+    """recent: step, numbers and names of the images of the last steps. Raises UserError for the first of them with a
+    number that is not finite, or if a weight is not."""
+    if not recent:
+        return
+    table = torch.stack([torch.stack([*numbers.values()]).float() for _, numbers, _ in recent]).isfinite().tolist()
+    for (step, numbers, images), finite in zip(recent, table):
+        if not all(finite):
+            raise UserError(f'step {step}: {list(numbers)[finite.index(False)]} is not finite; the images are '
+                            f'{", ".join(images)}. Lower --lr?')
+    for model in models:
+        if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
+            step, _, images = recent[-1]
+            raise UserError(f'step {step}: a weight is not finite after it; the images are {", ".join(images)}. Lower '
+                            '--lr?')
+
+
+def summary(recent: list[tuple[int, dict[str, torch.Tensor], list[str]]], batch_size: int, accumulate: int) -> dict:
+    """What is logged of the last steps: the means of their numbers, `recent` as in `check_finite`."""
+    names = list(recent[0][1])
+    mean = dict(zip(names, torch.stack([torch.stack([*numbers.values()]).float()
+                                        for _, numbers, _ in recent]).mean(0).tolist()))
+    parts = {name: mean[name] for name in names[:names.index('iou')]}   # those of losses.criterion
+    return {'loss': sum(parts.values()), **parts, 'gradient_norm': mean['gradient_norm'],
+            'matched_iou': mean['iou'] / max(mean['matched'], 1e-9),
+            'matched_score': mean['score'] / max(mean['matched'], 1e-9),
+            'best_unmatched_score': mean['unmatched'] / accumulate,
+            'positives': mean['pairs'] / (batch_size * accumulate)}
 
 
 # --- What a run starts with -----------------------------------------------------------------------------------------
@@ -289,18 +358,27 @@ def open_data(settings: dict):
     return train_set, val_set
 
 
-def draw_samples(settings: dict, file: str, n: int = 8) -> None:
-    """Draw n images as the run trains on them, with --dense-o2o as in its dense part, to a PNG."""
-    if not file.endswith('.png') or not Path(file).parent.is_dir():
-        raise UserError(f'--samples {file}: must end in .png, in a folder that exists')
-    train_set, _ = open_data(settings)
-    dense = (True,) if settings['dense_o2o'] else ()
-    samples = [train_set[0, index, *dense] for index in range(min(n, len(train_set)))]
-    names = train_set.categories.names
-    pictures = [evaluation.draw_boxes(evaluation.as_picture(s.image), s.boxes, s.labels.tolist(),
-                                      [names[label] if len(s.labels) <= 20 else '' for label in s.labels.tolist()])
-                for s in samples]   # names of many objects would cover them
-    evaluation.save_grid([pictures[i:i + 4] for i in range(0, len(pictures), 4)], file)
+def architecture(settings: dict, num_classes: int) -> dict:
+    """The arguments of HybridDETR, which a checkpoint has to remember."""
+    tiny = settings['model'] == 'tiny'
+    size = TINY_MODEL if tiny else PAPER_MODEL
+    groups = query_groups(layers=size['decoder_layers'], **row_of(settings))
+    switches = ('ffn', 'dropout', 'mixed_selection', 'look_forward_twice', 'separate_attention', 'selection', 'fusion')
+    return dict(num_classes=num_classes, groups=[group.queries for group in groups],
+                backbone='resnet50' if settings['model'] == 'r50' else settings['model'],
+                frozen_backbone=settings['pretrained'], denoising=settings['denoising'] > 0,
+                softmax=settings['cls_loss'] == 'ce', **{name: settings[name] for name in switches}, **size)
+
+
+def row_of(settings: dict) -> dict:
+    """The arguments of matchers.query_groups."""
+    scheme = 'one2one' if settings['scheme'] in PRESETS else settings['scheme']
+    return {'scheme': scheme, **{name: settings[name] for name in ROW_NUMBERS if name in settings}}
+
+
+def loss_settings(settings: dict) -> LossSettings:
+    return LossSettings(settings['cls_loss'], settings['class_weight'], mal_gamma=settings['mal_gamma'],
+                        f1=settings['f1'], rescale=settings['rescale'], official=settings['official_losses'])
 
 
 def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridDETR:
@@ -362,38 +440,38 @@ def parameter_groups(model: HybridDETR, settings: dict) -> list[dict]:
     return [{'params': normal, 'lr': lr, 'base_lr': lr}, {'params': slow, 'lr': lr / 10, 'base_lr': lr / 10}]
 
 
-def lr_factor(settings: dict, progress: float) -> float:
-    """What the learning rate is multiplied by at `progress` 0..1; follows from the step alone, so nothing to save."""
-    if progress < settings['warmup']:
-        if settings['schedule'] == 'flat-cosine':
-            return (progress / settings['warmup']) ** 2
-        return (progress + 1e-3) / (settings['warmup'] + 1e-3)
-    if settings['schedule'] == 'step':   # epoch 11 of 12; the papers' longer runs drop it at about the same part
-        return 1.0 if progress < 11 / 12 else 0.1
-    if settings['schedule'] == 'flat-cosine':
-        return flat_cosine(progress)
-    return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)))
+def model_and_optimizer(settings: dict, folder: Path, checkpoint: dict | None, num_classes: int, device: torch.device):
+    """-> model, its moving average or None, optimizer, and the step to begin with; new, or as in `checkpoint`."""
+    model = build_model(settings, num_classes, bool(checkpoint)).to(device)
+    if settings['fixed_encoder']:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
+    average, start = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None, 0
+    if checkpoint:
+        try:
+            start = restore(checkpoint, model, average, optimizer)
+        except Exception as error:   # somebody's file: anything may be in it
+            raise damaged(folder, error) from None
+    model.backbone.to(memory_format=torch.channels_last)
+    return model, average, optimizer, start
 
 
-def flat_cosine(progress: float, flat: float = DENSE[1], end: float = 58 / 60, gamma: float = 0.5) -> float:
-    """DEIM's schedule after its quadratic warm-up: factor 1 until `flat`, where mosaic and mixup end, then a cosine
-    down to gamma at `end`, and constant; in parts of training, 0 to 1, those of its RT-DETRv2 R50 (official code)."""
-    along = min(max((progress - flat) / (end - flat), 0.0), 1.0)
-    return gamma + (1 - gamma) * 0.5 * (1 + math.cos(math.pi * along))
-
-
-@torch.no_grad()
-def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float, warmup: float) -> None:
-    """average = d * average + (1-d) * model, d = decay * (1 - exp(-step / warmup)) after step 1, 2, ... (DEIM's code).
-
-    d starts near 0, so that the first weights, which know nothing, are forgotten. Buffers are averaged, too.
-    """
-    d = decay * (1 - math.exp(-step / warmup))
-    for mean, new in zip(average.state_dict().values(), model.state_dict().values()):
-        if mean.is_floating_point():
-            mean.lerp_(new, 1 - d)
-        else:
-            mean.copy_(new)
+def must_stay(checkpoint: dict | None, folder: Path, categories: dict, machine: Machine, images: int) -> dict:
+    """What is no setting but would change a resumed run. Raises UserError if it is not as it was."""
+    if checkpoint and checkpoint['categories'] != categories:
+        before, now = checkpoint['categories']['names'], categories['names']
+        raise UserError(f'the run in {folder} has {len(before)} classes ({", ".join(before[:4])}..), but the data has '
+                        f'{len(now)} ({", ".join(now[:4])}..): start anew with --init')
+    amp = machine.amp
+    if amp is None:
+        amp = (checkpoint or {}).get('amp', has_bfloat16(machine.device))
+    constant = {'processes': machine.world, 'amp': amp, 'images': images}
+    for name, value in constant.items():
+        if checkpoint and checkpoint.get(name, value) != value:
+            raise UserError(f'the run in {folder} has {name} {checkpoint[name]}, here it is {value}, and a resumed run '
+                            'goes on with the same; start a new one with --init')
+    return constant
 
 
 def new_folder(settings: dict) -> Path:
@@ -456,7 +534,7 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
         given['ema'] = EMA[settings['model'] == 'tiny']['decay']
     for name, value in given.items():
         if settings.get(name) != value:
-            raise UserError(f'{flag(name)} {value}: the run in {folder} has {settings.get(name)}, and a resumed run '
+            raise UserError(f'{flag(name, value)}: the run in {folder} has {settings.get(name)}, and a resumed run '
                             'keeps its settings; start a new one with --init instead')
     return settings, folder, checkpoint
 
@@ -491,169 +569,23 @@ def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, opt
     return checkpoint['step']
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Where --amp is the default: on a CUDA device that computes in bfloat16 and does not only emulate it."""
-    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def compile_attention(device: torch.device) -> None:
-    """--compile, for this process. Raises UserError if torch has no compiler to work with."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except RuntimeError as error:   # the first of many lines says what is missing
-        raise UserError(f'--compile: torch cannot compile here ({str(error).splitlines()[0]}): install what it names, '
-                        'or leave the flag out') from None
-    hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
-
-
-class Machine(NamedTuple):
-    """Where and how a run computes: what is no setting of the training."""
-    device: torch.device
-    amp: bool | None   # None: as `run_facts` decides
-    workers: int
-    checkpoint_activations: bool
-    rank: int
-    world: int
-
-
-def run_facts(checkpoint: dict | None, folder: Path, categories: dict, machine: Machine, images: int) -> dict:
-    """What is no setting but would change a resumed run. Raises UserError if it is not as it was."""
-    if checkpoint and checkpoint['categories'] != categories:
-        before, now = checkpoint['categories']['names'], categories['names']
-        raise UserError(f'the run in {folder} has {len(before)} classes ({", ".join(before[:4])}..), but the data has '
-                        f'{len(now)} ({", ".join(now[:4])}..): start anew with --init')
-    amp = machine.amp
-    if amp is None:
-        amp = (checkpoint or {}).get('amp', has_bfloat16(machine.device))
-    facts = {'processes': machine.world, 'amp': amp, 'images': images}
-    for name, value in facts.items():
-        if checkpoint and checkpoint.get(name, value) != value:
-            raise UserError(f'the run in {folder} has {name} {checkpoint[name]}, here it is {value}, and a resumed run '
-                            'goes on with the same; start a new one with --init')
-    return facts
-
-
-def model_and_optimizer(settings: dict, folder: Path, checkpoint: dict | None, num_classes: int, device: torch.device):
-    """-> model, its moving average or None, optimizer, and the step to begin with; new, or as in `checkpoint`."""
-    model = build_model(settings, num_classes, bool(checkpoint)).to(device)
-    if settings['fixed_encoder']:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
-    average, start = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None, 0
-    if checkpoint:
-        try:
-            start = restore(checkpoint, model, average, optimizer)
-        except Exception as error:   # somebody's file: anything may be in it
-            raise damaged(folder, error) from None
-    model.backbone.to(memory_format=torch.channels_last)
-    return model, average, optimizer, start
-
+# --- What a run writes and prints -----------------------------------------------------------------------------------
 
 def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
     """Print the scheme's row of the table, what it promises, and what a preset sets."""
     row = row_of(settings)
     groups = query_groups(layers=layers, **row)
-    print('  ' + ', '.join(f'{flag(name)[2:]} {value if name == "scheme" else f"{value:.3g}"}'
+    print('  ' + ', '.join(f'{"queries" if name == "n" else name} {value if name == "scheme" else f"{value:.3g}"}'
                            for name, value in row.items()))
     if settings['scheme'] in PRESETS:
         names = ('n', *PRESETS[settings['scheme']], 'class_weight', *['mal_gamma'] * (settings['cls_loss'] == 'mal'))
-        print('  preset, and what you gave: ' + ' '.join(
-            ('--' if settings[name] else '--no-') + 'dense-o2o' if name == 'dense_o2o' else f'{flag(name)} '
-            f'{settings[name]}' for name in names))
+        print('  preset, and what you gave: ' + ' '.join(flag(name, settings[name]) for name in names))
     for group in dict.fromkeys(groups):   # equal groups once
         print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
               f'{group.copies}, weight {group.weight:.3g}')
     each, whole = (expected_positives(layers=layers, epochs=n, **row) for n in (1, epochs))
     print(f'  positives of a ground truth: {each:.3g} an epoch, {whole:.3g} in the whole training'
           + ', denoising queries not counted' * (settings['denoising'] > 0))
-
-
-# --- A step ---------------------------------------------------------------------------------------------------------
-
-def loss_of(trained: torch.nn.Module, model: HybridDETR, batch, settings: dict, progress: float, num_boxes,
-            amp: bool = False, tick=lambda stage: None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Forward, matching and loss of a batch -> the weighted parts of the loss, and `matching_stats`.
-
-    trained: the model, or what DistributedDataParallel made of it; tick is called with the name of every stage that is
-    over. Raises UserError that names the images if the predictions are not finite.
-    """
-    layers, heads = len(model.decoder), len(model.encoder_class_heads)
-    # All groups of the row at once; at inference only the first exists.
-    groups, noised = query_groups(layers=layers, progress=progress, **row_of(settings)), None
-    if settings['denoising']:
-        noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
-        groups.append(noised.query_group(layers))
-    try:
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
-            outputs = trained(batch.images, batch.padding_mask, noised=noised)
-    except ValueError as error:
-        raise UserError(f'{batch.names[0]}: {error}') from None
-    outputs = Outputs(*(x.float() for x in outputs))   # a bfloat16 box is good to 1/256 of the image
-    tick('forward')
-    proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
-    try:
-        matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals,
-                                         evaluation.cost_of(settings))
-    except FloatingPointError as error:
-        raise UserError(f'{error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
-    tick('matching')
-    parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
-                           num_boxes, loss_settings(settings))
-    if settings['cls_loss'] == 'ce':   # a mean over its own batch, whatever num_boxes says
-        parts['class'] = parts['class'] / settings['accumulate']
-    stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou, model.groups, model.softmax)
-    tick('loss')
-    return parts, stats
-
-
-def matching_stats(outputs, matches, labels, iou, sizes, softmax: bool = False) -> torch.Tensor:
-    """What the matching did with the detector, the n queries of the first group, in the last layer: sum of the IoU of
-    its pairs, sum of their scores for the matched class, their number; the best score of an unmatched query, mean over
-    the images; and the pairs of all groups and layers, without denoising. No boolean indexing: it would wait for the
-    GPU. sizes: queries of each group."""
-    n = sizes[0]
-    scores = class_scores(outputs.pred_logits[-1].detach(), softmax)                                    # (B, N, C)
-    final = (matches.layer == len(outputs.pred_logits) - 1) & (matches.query < n)                       # (P,)
-    of_pairs = scores[matches.image, matches.query, labels[matches.gt]] * final
-    matched = torch.zeros_like(scores[..., 0])                                                          # (B, N)
-    matched = matched.index_put((matches.image, matches.query), final.to(scores), accumulate=True)
-    best_unmatched = (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean()
-    pairs = (matches.query < sum(sizes)).sum()
-    return torch.stack([(iou * final).sum(), of_pairs.sum(), final.sum(), best_unmatched, pairs])
-
-
-# The numbers of a step: the parts of the loss, matching_stats, and the norm of the gradient before it is clipped.
-NUMBERS = ('class', 'l1', 'giou', 'encoder_class', 'encoder_l1', 'encoder_giou', 'iou', 'score', 'matched', 'unmatched',
-           'pairs', 'gradient_norm')
-
-
-def check_finite(recent: list[tuple[int, torch.Tensor, list[str]]], *models: torch.nn.Module) -> None:
-    """recent: step, NUMBERS and names of the images of the last steps. Raises UserError for the first of them with a
-    number that is not finite, or if a weight is not."""
-    finite = torch.stack([row for _, row, _ in recent]).isfinite().tolist() if recent else []
-    for (step, _, images), row in zip(recent, finite):
-        if not all(row):
-            raise UserError(f'step {step}: {NUMBERS[row.index(False)]} is not finite; the images are '
-                            f'{", ".join(images)}. Lower --lr?')
-    for model in models:
-        if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
-            step, _, images = recent[-1]
-            raise UserError(f'step {step}: a weight is not finite after it; the images are {", ".join(images)}. Lower '
-                            '--lr?')
-
-
-# --- What a run writes ----------------------------------------------------------------------------------------------
-
-def summary(recent: list[tuple[int, torch.Tensor, list[str]]], batch_size: int, accumulate: int) -> dict:
-    """What is logged of the last steps: the means of their numbers, `recent` as in `check_finite`."""
-    mean = dict(zip(NUMBERS, torch.stack([row for _, row, _ in recent]).mean(0).tolist()))
-    parts = {name: mean[name] for name in NUMBERS[:6]}
-    return {'loss': sum(parts.values()), **parts, 'gradient_norm': mean['gradient_norm'],
-            'matched_iou': mean['iou'] / max(mean['matched'], 1e-9),
-            'matched_score': mean['score'] / max(mean['matched'], 1e-9),
-            'best_unmatched_score': mean['unmatched'] / accumulate,
-            'positives': mean['pairs'] / (batch_size * accumulate)}
 
 
 class Journal:
@@ -696,6 +628,20 @@ def save(path: Path, content: dict) -> None:
         raise UserError(f'cannot write {path}, the last checkpoint is kept: {error}') from None
 
 
+def draw_samples(settings: dict, file: str, n: int = 8) -> None:
+    """Draw n images as the run trains on them, with --dense-o2o as in its dense part, to a PNG."""
+    if not file.endswith('.png') or not Path(file).parent.is_dir():
+        raise UserError(f'--samples {file}: must end in .png, in a folder that exists')
+    train_set, _ = open_data(settings)
+    dense = (True,) if settings['dense_o2o'] else ()
+    samples = [train_set[0, index, *dense] for index in range(min(n, len(train_set)))]
+    names = train_set.categories.names
+    pictures = [evaluation.draw_boxes(evaluation.as_picture(s.image), s.boxes, s.labels.tolist(),
+                                      [names[label] if len(s.labels) <= 20 else '' for label in s.labels.tolist()])
+                for s in samples]   # names of many objects would cover them
+    evaluation.save_grid([pictures[i:i + 4] for i in range(0, len(pictures), 4)], file)
+
+
 INTERRUPTS = []   # one entry for each Ctrl-C
 
 
@@ -707,136 +653,201 @@ def note_interrupt(*_) -> None:
         raise KeyboardInterrupt
 
 
-# --- The loop -------------------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------------------------
 
-def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machine) -> None:
-    """Train, evaluate and save, from the first step, or from where `checkpoint` stopped, to the last."""
-    device, rank, world = machine.device, machine.rank, machine.world
-    torch.manual_seed(settings['seed'])
-    train_set, val_set = open_data(settings)
-    categories = {'ids': train_set.categories.ids, 'names': train_set.categories.names}
-    facts = run_facts(checkpoint, folder, categories, machine, len(train_set))
-    amp = facts['amp']
-    model, average, optimizer, start = model_and_optimizer(settings, folder, checkpoint, len(categories['ids']), device)
-    detector, trained = average or model, model   # what is evaluated; what computes the gradients
-    model.checkpoint_activations = machine.checkpoint_activations
-    if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
-        trained = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+def flag(name: str, value=None) -> str:
+    """How a setting is written on the command line, with its value if there is one."""
+    text = '--queries' if name == 'n' else '--' + name.replace('_', '-')
+    if isinstance(value, bool):
+        return text if value else text.replace('--', '--no-', 1)
+    return text if value is None else f'{text} {value}'
 
-    batch_size, accumulate = min(settings['batch_size'], len(train_set)), settings['accumulate']
-    step_size = batch_size * world * accumulate
-    steps_per_epoch = max(1, len(train_set) // step_size)
-    steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
-    eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
-    # Once an epoch, but not all the time if an epoch is a few steps; always where the numbers are looked at, too.
-    save_every = 50 * math.ceil(steps_per_epoch / 50)
-    if rank == 0:
-        print(f'{folder}: steps {start} to {steps} of {step_size} images on {device}{" in bfloat16" * amp}, '
-              f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
-        describe_scheme(settings, len(model.decoder), epochs=steps / steps_per_epoch)
-        if start >= steps:
-            print('  this run is at its end: nothing is left to train')
-        journal = Journal(folder / 'metrics.jsonl', start if checkpoint else None)
 
-    def evaluate(done: int, told: str = '') -> None:
-        if world > 1:   # batch norm counted for itself in each process in the last step: all evaluate what is saved
-            for buffer in detector.buffers():
-                dist.broadcast(buffer, 0)
-        rows = evaluation.detect(detector, val_set, categories['ids'], batch_size=batch_size, workers=machine.workers)
-        if rank == 0:
-            metrics, _ = evaluation.average_precision(val_set.coco_json(), rows, table=done == steps)
-            metrics['duplicates'] = evaluation.duplicate_rate(rows)
-            if settings['unstable']:
-                metrics['unstable'] = evaluation.unstable_score(detector, val_set, categories['ids'],
-                                                                settings['unstable'], evaluation.cost_of(settings))
-            journal.write({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
-            told += f', last unstable score {metrics["unstable"][-1]:.0f} %' if metrics.get('unstable') else ''
-            tqdm.write('step {}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates{}'
-                       .format(done, told, **metrics))
+def parse(argv: list[str] | None = None) -> dict:
+    """The flags that were given, by name; `complete` fills in the others."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    add = parser.add_argument_group('what to train').add_argument
+    schemes = ', '.join(scheme for scheme in PAPER_ROWS if scheme not in PRESETS)
+    add('--scheme', help=f'matching scheme: {schemes} (default branch); or a preset of the switches '
+                         f'below: {", ".join(PRESETS)}')
+    add('--data', help="'shapes', made on the fly, or a folder in the COCO layout (default shapes)")
+    add('--model', help='tiny, r50, or a ResNet or Swin of torchvision by name (default tiny)')
+    add('--overfit', type=int, metavar='N', help='train and evaluate on the first N training images')
+    add = parser.add_argument_group("the scheme's numbers (defaults depend on scheme and model)").add_argument
+    add('--queries', dest='n', type=int, help='n, queries of the first group, the detector')
+    add('--T', type=int, help='branch: queries of the one-to-many group; 0 is the baseline')
+    add('--K', type=int, help='branch, epoch, layer, one2many: copies of each ground truth')
+    add('--weight', type=float, help='branch: lambda, loss weight of the one-to-many group')
+    add('--rho', type=float, help='epoch: part of training that is one-to-many, 0 to 1')
+    add('--L1', type=int, help='layer: how many first decoder layers are one-to-many')
+    add('--G', type=int, help='group: number of groups')
+    add('--selection', choices=CHOICES['selection'],
+        help='which proposals a group gets: the next ranks of one encoder head (H-DETR), the best of a '
+             'head of its own (Group DETR A.2; default of group), or of those the best that no earlier '
+             'group has (H-DETR App. D)')
+    add('--no-separate-attention', dest='separate_attention', action='store_false',
+        help='let the groups see each other in training (Group DETR Table 7 c)')
+    add = parser.add_argument_group('what a match is worth: Stable-DINO and DEIM, with every scheme').add_argument
+    add('--cls-loss', choices=CHOICES['cls_loss'], help='classification loss (default focal)')
+    add('--class-weight', type=float, help='its weight (default: focal 2, stable 6, others 1)')
+    add('--mal-gamma', type=float, help='mal: exponent (default 1.5)')
+    add('--f1', choices=CHOICES['f1'],
+        help='stable: target of a score, from IoU s and score p (Stable-DINO Table 7; default s2, the square)')
+    add('--rescale', choices=CHOICES['rescale'],
+        help='stable: what the largest target of an image is scaled to (§2.2; default one)')
+    add('--official-losses', action='store_true',
+        help="the released codes' weights in vfl, mal and stable loss and alpha in the stable cost, "
+             "instead of the papers' form")
+    add('--cost', choices=CHOICES['cost'],
+        help='matching cost; stable: scores count as much as the box is good (Stable-DINO Eq. 4)')
+    add('--cost-class', type=float, help='weight of its class part (default 2; ce 1)')
+    add('--f2', type=float, help="stable cost: exponent of the box's quality (default 0.5)")
+    add('--fusion', choices=CHOICES['fusion'],
+        help='join backbone and encoder features (Stable-DINO §3; default none; with the two encoder '
+             'layers of tiny, ulike is simple)')
+    add('--denoising', type=int, nargs='?', const=100, metavar='N',
+        help='contrastive denoising of about N ground truths an image (default 0, without N 100)')
+    add('--dense-o2o', action=argparse.BooleanOptionalAction,
+        help='mosaic and mixup, each for half of the images, from 7 to 57 %% of training (DEIM)')
+    add('--ema', type=float, nargs='?', const=True, metavar='DECAY',
+        help='evaluate and save a moving average of the weights (default 0, which is none; without '
+             'DECAY 0.9999, tiny 0.98)')
+    add = parser.add_argument_group('model: the switches of H-DETR Table 8').add_argument
+    add('--ffn', type=int, help='width of the feed-forward layers (tiny 256, else 2048)')
+    add('--dropout', type=float, help='dropout in the transformer (default 0)')
+    add('--no-mixed-selection', dest='mixed_selection', action='store_false',
+        help='query content from the proposal, too, instead of learned')
+    add('--no-look-forward-twice', dest='look_forward_twice', action='store_false',
+        help="the box loss of a layer stops at the layer's own head")
+    add('--no-pretrained', dest='pretrained', action='store_false',
+        help='start the backbone from scratch and train its batch norm (always so for tiny)')
+    add = parser.add_argument_group('optimisation').add_argument
+    add('--image-size', type=int, help='largest short side of the images (tiny 128 or 192, else 800)')
+    add('--vertical-flip', action='store_true', help='for photographs without an up, as from a microscope')
+    add('--batch-size', type=int, help='images of a step, per process (tiny 16 or 4, else 2)')
+    add('--accumulate', type=int, help='batches whose gradients are added up for a step (default 1)')
+    add('--epochs', type=float, help='passes over the training images (default 12 if not tiny)')
+    add('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
+    add('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
+    add('--schedule', choices=CHOICES['schedule'],
+        help='step: x0.1 for the last twelfth; cosine: down to 0 (tiny); flat-cosine: constant, then down '
+             'to one half (DEIM)')
+    add('--warmup', type=float,
+        help='part of training in which the rate rises (tiny 0.05, else 0, with flat-cosine 0.005)')
+    add('--weight-decay', type=float, help='of AdamW (default 1e-4)')
+    add('--clip', type=float, help='largest norm of the gradient (default 0.1)')
+    add('--seed', type=int, help='of weights, order, augmentation and shapes (default 0)')
+    add = parser.add_argument_group('files and machine').add_argument
+    add('--out', help='folder of the run (default runs/SCHEME, numbered if it is taken)')
+    add('--resume', metavar='RUN', help='go on with the run in this folder, settings unchanged')
+    add('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
+    add('--init-part', choices=CHOICES['init_part'], help='take only this from --init (default all)')
+    add('--fixed-encoder', action='store_true',
+        help='do not train what --init-part backbone or encoder takes (Group DETR Table 1)')
+    add('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
+    add('--unstable', type=int, metavar='N',
+        help='with every evaluation, match N images and tell how many objects change their query from '
+             'layer to layer (the unstable score; the paper has N = 20; default 0: off)')
+    add('--samples', metavar='FILE', help='draw what this run would train on to a PNG, and stop')
+    add('--workers', type=int, help='processes that load images (default 2)')
+    add('--device', choices=('cuda', 'cpu'), help='default cuda if there is one')
+    add('--amp', action=argparse.BooleanOptionalAction,
+        help='forward in bfloat16, matching and losses in float32 (default on CUDA that supports it)')
+    add('--compile', action='store_true',
+        help='compile the deformable attention, for CUDA (it makes the CPU slower)')
+    add('--checkpoint-activations', action='store_true',
+        help='compute the activations of encoder and decoder twice instead of keeping them')
+    return vars(parser.parse_args(argv))
 
-    due = start > 0 and (start % eval_every == 0 or start == steps)
-    missed = [rank == 0 and due and not any(r['step'] == start and 'AP' in r for r in journal.records)]
-    if world > 1:
-        dist.broadcast_object_list(missed, 0)   # only the first process reads the file
-    if missed[0]:
-        evaluate(start)   # the run was stopped after this checkpoint, before its evaluation
 
-    dense = DENSE if isinstance(train_set, DenseOneToOne) else None
-    loader = iter(train_loader(train_set, batch_size, steps * accumulate, machine.workers, settings['seed'],
-                               start * accumulate, rank, world, pin=device.type == 'cuda', dense=dense))
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0,
-               mininterval=1 if sys.stderr.isatty() else 30)
-    recent, since = [], time.perf_counter()
-    model.train()
-    for step in bar:
-        progress, done = step / steps, step + 1
-        # Everything that changes with time follows from `step` alone: learning rate, order of the images, dropout.
-        for parameters in optimizer.param_groups:
-            parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
-        # So no schedule and no random state has to be saved, and a resumed run is equal to the bit.
-        torch.manual_seed((settings['seed'] * steps + step) * world + rank)
-        batches = [next(loader) for _ in range(accumulate)]
-        # What divides the loss: the boxes of all images of the step, so that an empty image weighs nothing extra. The
-        # mean over the processes, whose gradients are averaged, too.
-        num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
-        if world > 1:
-            num_boxes = torch.full((), num_boxes / world, device=device)   # torch.tensor would wait for the GPU
-            dist.all_reduce(num_boxes)
+def complete(given: dict) -> dict:
+    """Fill in the flags that were not given, by model and scheme. Raises UserError for values that make no sense."""
+    scheme, tiny = given.get('scheme', COMMON['scheme']), given.get('model', COMMON['model']) == 'tiny'
+    rows = TINY_ROWS if tiny else PAPER_ROWS
+    if scheme not in rows:
+        raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)}')
+    row = rows[scheme]
+    for name in ROW_NUMBERS:
+        if name in given and name not in row:
+            raise UserError(f'{flag(name, given[name])}: scheme {scheme} only has {", ".join(map(flag, row))}')
+    photos = TINY_PHOTOS if tiny and given.get('data', COMMON['data']) != 'shapes' else {}
+    settings = {'selection': 'heads' if scheme == 'group' else 'ranks', **COMMON, **(TINY if tiny else PAPER), **photos,
+                **row, **PRESETS.get(scheme, {}), **given}
+    settings.setdefault('class_weight', CLASS_WEIGHTS[settings['cls_loss']])
+    settings.setdefault('cost_class', 1.0 if settings['cls_loss'] == 'ce' else 2.0)
+    if settings['schedule'] == 'flat-cosine' and not tiny:
+        settings['warmup'] = given.get('warmup', 0.005)   # DEIM's 2000 of 440,000 steps
+    if settings['ema'] is True:
+        settings['ema'] = EMA[tiny]['decay']
+    for name, needs in dict(f1='stable', rescale='stable', mal_gamma='mal').items():
+        if name in given and settings['cls_loss'] != needs:
+            raise UserError(f'{flag(name, given[name])}: only --cls-loss {needs} has it')
+    if 'f2' in given and settings['cost'] != 'stable':
+        raise UserError(f'--f2 {given["f2"]}: only --cost stable has it')
+    cost_has_two = settings['cost'] == 'stable' and settings['cls_loss'] != 'ce'   # softmax costs have no alpha
+    if settings['official_losses'] and not cost_has_two and settings['cls_loss'] not in OFFICIAL_FORMS:
+        raise UserError(f'--official-losses: --cls-loss {settings["cls_loss"]} with --cost {settings["cost"]} has one '
+                        'form only')
+    if settings['init_part'] != 'all' and not settings['init']:
+        raise UserError(f'--init-part {settings["init_part"]}: needs --init FILE')
+    if settings['fixed_encoder'] and settings['init_part'] == 'all':
+        raise UserError('--fixed-encoder: needs --init FILE --init-part encoder (or backbone)')
+    if settings['vertical_flip'] and settings['data'] == 'shapes' and not settings['dense_o2o']:
+        raise UserError('--vertical-flip: shapes are not augmented but by --dense-o2o')
+    if settings['overfit'] and given.get('dense_o2o'):
+        raise UserError('--dense-o2o: --overfit trains on images as they are')
+    settings['dense_o2o'] = settings['dense_o2o'] and not settings['overfit']
+    if 'steps' in given and 'epochs' in given:
+        raise UserError('--steps and --epochs: give one of them')
+    if 'epochs' in given:
+        settings.pop('steps', None)
+    check(settings)
+    if given.get('K', 1) > 1 and settings.get('T') == 0:
+        raise UserError(f'--K {given["K"]} with --T 0: there is no one-to-many group to find {given["K"]} copies')
+    return settings
 
-        optimizer.zero_grad(set_to_none=True)
-        numbers = 0
-        for i, batch in enumerate(batches):
-            last = i == accumulate - 1   # processes exchange their gradients once a step
-            with contextlib.nullcontext() if world == 1 or last else trained.no_sync():
-                try:
-                    parts, stats = loss_of(trained, model, batch.to(device), settings, progress, num_boxes, amp)
-                except UserError as error:
-                    check_finite(recent, *[model] * len(recent[:1]))   # or has an earlier step spoiled the weights?
-                    raise UserError(f'step {step}: {error}') from None
-                sum(parts.values()).backward()
-            numbers = numbers + torch.cat([torch.stack([part.detach() for part in parts.values()]), stats])
-        # The summed losses of all layers are large: clipping at 0.1 (official code) acts at nearly every step.
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
-        optimizer.step()
-        if average:
-            update_average(average, model, done, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
 
-        # Kept on the device: reading a number after every step would make the CPU wait for it.
-        recent.append((step, torch.cat([numbers, norm[None]]), [name for batch in batches for name in batch.names]))
-        now_evaluate = done % eval_every == 0 or done == steps
-        if done % 50 == 0 or now_evaluate or INTERRUPTS:
-            check_finite(recent, model, detector)   # before anything is saved
-            record = {'step': done, 'epoch': round(done / steps_per_epoch, 3),
-                      **summary(recent, batch_size, accumulate), 'lr': optimizer.param_groups[0]['lr'],
-                      'images_per_second': len(recent) * step_size / (time.perf_counter() - since)}
-            if rank == 0:
-                journal.write(record)
-            bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
-                                '{images_per_second:.0f} images/s'.format(**record))
-            recent, since = [], time.perf_counter()
-        # Before the evaluation: whatever goes wrong there, the training is kept.
-        if rank == 0 and (done % save_every == 0 or now_evaluate or INTERRUPTS):
-            save(folder / 'checkpoint.pt', {
-                'model': detector.state_dict(), 'optimizer': optimizer.state_dict(),
-                **({'trained_model': model.state_dict()} if average else {}),
-                'step': done, 'settings': settings, 'categories': categories, **facts,
-                'architecture': architecture(settings, len(categories['ids']))})
-        if INTERRUPTS:
-            print(f'\nstopped after step {done}: go on with  python train.py --resume {folder}')
-            sys.exit(130)
-        if now_evaluate:
-            evaluate(done, '; in training matched IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched '
-                           '{best_unmatched_score:.2f}'.format(**record))
-            since = time.perf_counter()
+def check(settings: dict) -> None:
+    """Raises UserError for a value that is out of its range, whether it was given or read from a checkpoint."""
+    for name, choices in CHOICES.items():
+        if settings[name] not in choices:
+            raise UserError(f'{flag(name, settings[name])}: choose from {", ".join(choices)}')
+    for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
+                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=1,
+                            cost_class=0, f2=0, denoising=0, ema=0, unstable=0, accumulate=1).items():
+        if not math.inf > settings.get(name, least) >= least:   # so that nan fails, too
+            raise UserError(f'{flag(name, settings[name])}: must be a number of at least {least}')
+    # numpy's generator takes 32 bits, and the shapes of `val` have seed 2 * seed + 1; torch's, 64 of seed * steps.
+    for name, most in dict(seed=2 ** 31 - 1, steps=10 ** 9, epochs=10 ** 9, eval_every=10 ** 9,
+                            accumulate=10 ** 6).items():
+        if settings.get(name) is not None and settings[name] > most:
+            raise UserError(f'{flag(name, settings[name])}: must be at most {most}')
+    for name in ('epochs', 'eval_every', 'clip'):
+        if settings.get(name) is not None and not settings[name] > 0:
+            raise UserError(f'{flag(name, settings[name])}: must be above 0')
+    for name in ('rho', 'dropout', 'warmup', 'ema'):
+        if not settings.get(name, 0) <= 1:
+            raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
+    if settings['schedule'] == 'flat-cosine' and settings['warmup'] > DENSE[1]:
+        raise UserError(f'--warmup {settings["warmup"]}: flat-cosine falls from {DENSE[1]:.2f} of training on')
+    layers = (TINY_MODEL if settings['model'] == 'tiny' else PAPER_MODEL)['decoder_layers']
+    if settings.get('L1', 0) > layers:
+        raise UserError(f'--L1 {settings["L1"]}: the decoder has {layers} layers')
 
-    if rank == 0:
-        picture = folder / 'predictions.png'
-        evaluation.draw_predictions(detector, val_set, categories['ids'], picture)
-        print(f'checkpoint: {folder / "checkpoint.pt"}\npicture:    {picture}\n'
-              f'look:       python eval.py --weights {folder / "checkpoint.pt"} --pictures 8')
-    if world > 1:
-        dist.destroy_process_group()
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Where --amp is the default: on a CUDA device that computes in bfloat16 and does not only emulate it."""
+    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compile_attention(device: torch.device) -> None:
+    """--compile, for this process. Raises UserError if torch has no compiler to work with."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except RuntimeError as error:   # the first of many lines says what is missing
+        raise UserError(f'--compile: torch cannot compile here ({str(error).splitlines()[0]}): install what it names, '
+                        'or leave the flag out') from None
+    hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
 
 
 def main(argv: list[str] | None = None) -> None:
