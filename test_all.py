@@ -3,6 +3,7 @@
 The numbers in REFERENCE were computed with the public code of HDETR/H-Deformable-DETR (commit f58ceb1). Where a folder
 ../shared/golden lies beside this one, every array stored there is compared as well.
 """
+import ast
 import contextlib
 import copy
 import functools
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 import unittest
 import unittest.mock
 import zlib
@@ -3163,6 +3165,87 @@ class TestCommands(unittest.TestCase):
                               capture_output=True, text=True)
         self.assertEqual((done.returncode, len(done.stderr.strip().splitlines()), (self.root / 'o').exists()),
                          (1, 1, False), done.stderr)
+
+
+# --- The README -----------------------------------------------------------------------------------------------------
+
+def line_counts(file):
+    """-> all lines, lines of comments and docstrings for each line of code (a line with both is code)."""
+    text = (HERE / file).read_text()
+    documented = (node for node in ast.walk(ast.parse(text)) if isinstance(
+        node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None)
+    comments = {line for node in documented for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith('#'):
+            comments.add(token.start[0])
+        elif token.string.strip() and token.type not in (tokenize.COMMENT, tokenize.ENDMARKER):
+            code.update(range(token.start[0], token.end[0] + 1))
+    return len(text.splitlines()), len(comments) / len(code - comments)
+
+
+class TestReadme(unittest.TestCase):
+    text = (HERE / 'README.md').read_text()
+
+    def test_links(self):
+        """A link to a line has a text that stands in this line; one to a heading or a file finds it."""
+        titles = re.findall(r'^#+ (.*)', self.text, re.M)
+        anchors = {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
+        links = re.findall(r'\[([^]]*(?:\[[^]]*\][^]]*)*)\]\(([^)]+)\)', self.text)
+        self.assertGreater(len([target for _, target in links if '#L' in target]), 40)
+        for text, target in links:
+            file, _, place = target.partition('#')
+            with self.subTest(text=text, target=target):
+                if not file:
+                    self.assertIn(place, anchors, 'no heading with this name')
+                else:
+                    self.assertTrue((HERE / file).is_file(), f'{file} does not exist')
+                if file and place:
+                    wanted, lines = text.strip('`'), (HERE / file).read_text().splitlines()
+                    self.assertIn(wanted, lines[int(place[1:]) - 1], f'it is in the lines '
+                                  f'{[i for i, line in enumerate(lines, 1) if wanted in line]} of {file}')
+
+    def test_commands_are_understood(self):
+        """Every command is parsed as it stands there: a flag that was renamed, or a test, is noticed."""
+        block = ' '.join(re.findall(r'^```\n(.*?)^```', self.text, re.M | re.S)).replace('\\\n', ' ')
+        values = dict(re.findall(r'^ *(\w+)="([^"]*)"', block, re.M))   # small="python train.py ..."
+        for _ in values:
+            block = re.sub(r'\$(\w+)', lambda match: values.get(match[1], '1'), block)
+        lines = [*re.findall(r'`([^`\n]*python [^`]*)`', self.text), *block.splitlines(),
+                 *re.findall(r'^    (.*python .*)', self.text, re.M)]
+        commands = [part.split('#')[0].split() for line in lines for part in re.split(r'&&|;', line)]
+        counted = dict.fromkeys(('train.py', 'eval.py', 'test_all.py'), 0)
+        for command in commands:
+            if '...' in command or 'python' not in command and command[:1] != ['torchrun']:
+                continue
+            place = next((i for i, word in enumerate(command) if word in counted), None)
+            if place is None or re.match(r'\w+=', command[0]) or '--help' in command:
+                continue
+            file, flags = command[place], command[place + 1:]
+            counted[file] += 1
+            with self.subTest(command=' '.join(command)), contextlib.redirect_stderr(io.StringIO()) as printed:
+                try:
+                    if file == 'train.py':
+                        given = train.parse(flags)
+                        if given.get('scheme') != 'NAME':
+                            train.complete({name: value for name, value in given.items() if name != 'resume'})
+                    elif file == 'eval.py':
+                        evaluation.parse(flags)
+                    elif flags:
+                        loader = unittest.TestLoader()
+                        loader.loadTestsFromNames(flags, sys.modules[__name__])
+                        self.assertFalse(loader.errors)
+                except SystemExit:
+                    self.fail(printed.getvalue().splitlines()[-1])
+        self.assertTrue(counted['train.py'] > 25 and counted['eval.py'] > 10 and counted['test_all.py'] > 1, counted)
+
+    def test_lines_and_comments(self):
+        for file in ('matchers.py', 'losses.py', 'hybrid_detr.py', 'train.py', 'data.py', 'eval.py', 'test_all.py'):
+            row = re.search(rf'^\| `{file}` \| ([\d,]+) \| ([\d.]*) \|', self.text, re.M)
+            lines, density = line_counts(file)
+            with self.subTest(file=file):
+                self.assertIsNotNone(row, f'the table of files needs | `{file}` | {lines} | {density:.2f} |')
+                self.assertEqual((row[1], row[2]), (f'{lines:,}', f'{density:.2f}' if row[2] else ''))
 
 
 @unittest.skipUnless('SLOW' in os.environ, 'minutes of killing: SLOW=20 python test_all.py TestKilled')

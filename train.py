@@ -682,9 +682,8 @@ def parse(argv: list[str] | None = None) -> dict:
     add('--L1', type=int, help='layer: how many first decoder layers are one-to-many')
     add('--G', type=int, help='group: number of groups')
     add('--selection', choices=CHOICES['selection'],
-        help='which proposals a group gets: the next ranks of one encoder head (H-DETR), the best of a '
-             'head of its own (Group DETR A.2; default of group), or of those the best that no earlier '
-             'group has (H-DETR App. D)')
+        help='which proposals a group gets: the next ranks of one encoder head (H-DETR), the best of a head of its own '
+             '(Group DETR A.2; default of group), or of those the best that no earlier group has (H-DETR App. D)')
     add('--no-separate-attention', dest='separate_attention', action='store_false',
         help='let the groups see each other in training (Group DETR Table 7 c)')
     add = parser.add_argument_group('what a match is worth: Stable-DINO and DEIM, with every scheme').add_argument
@@ -696,22 +695,22 @@ def parse(argv: list[str] | None = None) -> dict:
     add('--rescale', choices=CHOICES['rescale'],
         help='stable: what the largest target of an image is scaled to (§2.2; default one)')
     add('--official-losses', action='store_true',
-        help="the released codes' weights in vfl, mal and stable loss and alpha in the stable cost, "
-             "instead of the papers' form")
+        help="the released codes' weights in vfl, mal and stable loss and alpha in the stable cost, instead of the "
+             "papers' form")
     add('--cost', choices=CHOICES['cost'],
         help='matching cost; stable: scores count as much as the box is good (Stable-DINO Eq. 4)')
     add('--cost-class', type=float, help='weight of its class part (default 2; ce 1)')
     add('--f2', type=float, help="stable cost: exponent of the box's quality (default 0.5)")
     add('--fusion', choices=CHOICES['fusion'],
-        help='join backbone and encoder features (Stable-DINO §3; default none; with the two encoder '
-             'layers of tiny, ulike is simple)')
+        help='join backbone and encoder features (Stable-DINO §3; default none; with the two encoder layers of tiny, '
+             'ulike is simple)')
     add('--denoising', type=int, nargs='?', const=100, metavar='N',
         help='contrastive denoising of about N ground truths an image (default 0, without N 100)')
     add('--dense-o2o', action=argparse.BooleanOptionalAction,
         help='mosaic and mixup, each for half of the images, from 7 to 57 %% of training (DEIM)')
     add('--ema', type=float, nargs='?', const=True, metavar='DECAY',
-        help='evaluate and save a moving average of the weights (default 0, which is none; without '
-             'DECAY 0.9999, tiny 0.98)')
+        help='evaluate and save a moving average of the weights (default 0, which is none; without DECAY 0.9999, tiny '
+             '0.98)')
     add = parser.add_argument_group('model: the switches of H-DETR Table 8').add_argument
     add('--ffn', type=int, help='width of the feed-forward layers (tiny 256, else 2048)')
     add('--dropout', type=float, help='dropout in the transformer (default 0)')
@@ -730,8 +729,8 @@ def parse(argv: list[str] | None = None) -> dict:
     add('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
     add('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
     add('--schedule', choices=CHOICES['schedule'],
-        help='step: x0.1 for the last twelfth; cosine: down to 0 (tiny); flat-cosine: constant, then down '
-             'to one half (DEIM)')
+        help='step: x0.1 for the last twelfth; cosine: down to 0 (tiny); flat-cosine: constant, then down to one half '
+             '(DEIM)')
     add('--warmup', type=float,
         help='part of training in which the rate rises (tiny 0.05, else 0, with flat-cosine 0.005)')
     add('--weight-decay', type=float, help='of AdamW (default 1e-4)')
@@ -746,15 +745,14 @@ def parse(argv: list[str] | None = None) -> dict:
         help='do not train what --init-part backbone or encoder takes (Group DETR Table 1)')
     add('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
     add('--unstable', type=int, metavar='N',
-        help='with every evaluation, match N images and tell how many objects change their query from '
-             'layer to layer (the unstable score; the paper has N = 20; default 0: off)')
+        help='with every evaluation, match N images and tell how many objects change their query from layer to layer '
+             '(the unstable score; the paper has N = 20; default 0: off)')
     add('--samples', metavar='FILE', help='draw what this run would train on to a PNG, and stop')
     add('--workers', type=int, help='processes that load images (default 2)')
     add('--device', choices=('cuda', 'cpu'), help='default cuda if there is one')
     add('--amp', action=argparse.BooleanOptionalAction,
         help='forward in bfloat16, matching and losses in float32 (default on CUDA that supports it)')
-    add('--compile', action='store_true',
-        help='compile the deformable attention, for CUDA (it makes the CPU slower)')
+    add('--compile', action='store_true', help='compile the deformable attention, for CUDA (it makes the CPU slower)')
     add('--checkpoint-activations', action='store_true',
         help='compute the activations of encoder and decoder twice instead of keeping them')
     return vars(parser.parse_args(argv))
