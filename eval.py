@@ -335,7 +335,7 @@ def as_picture(image: Tensor) -> Tensor:
 
 
 # Okabe and Ito's colours, told apart by the colour-blind and in print; a class keeps its colour left and right.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442', '#000000')
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')
 
 
 def corners_in(boxes: Tensor, width: int, height: int) -> Tensor:
@@ -428,46 +428,63 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
             pen.rectangle(truth, outline='white', width=12)
             pen.rectangle(truth, outline='black', width=6)
         matches = assign([costs.cpu()], groups)
-        for query, gt in zip(matches.query.tolist(), matches.gt.tolist()):
+        # The detector, the first group, is drawn last, above the others.
+        for query, gt in sorted(zip(matches.query.tolist(), matches.gt.tolist()), reverse=True):
             colour = COLOURS[group_of[query]]
             (x, y), end = ((box[:2] + box[2:]).div(2).tolist() for box in (found[query], truths[gt]))   # the centres
-            pen.rectangle(found[query].tolist(), outline=colour, width=3)
+            pen.rectangle(found[query].tolist(), outline=colour, width=6 if group_of[query] == 0 else 3)
             pen.line((x, y, *end), 'white', 9)
             pen.line((x, y, *end), colour, 5)
-            pen.ellipse((x - 11, y - 11, x + 11, y + 11), colour, 'white', 3)
+            pen.ellipse((x - 14, y - 14, x + 14, y + 14), colour, 'white', 3)
+            pen.text((x, y), str(group_of[query] + 1), 'white', ImageFont.load_default(size=20), anchor='mm')
         pictures.append(v2.functional.pil_to_tensor(picture.reduce(2)))
     save_grid([pictures[:2], pictures[2:]], Path(path))
 
 
 def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limits: tuple | None = None) -> None:
-    """Save a PNG of lines {text: (x values, y values)}; names and limits: of the x and y axis, which start at 0."""
+    """Save a PNG of lines {text: (x values, y values)}; names and limits (low, high): of the x and y axis. Lines of a
+    few
+    points have a mark at each, another one for each line, so that grey print tells them apart, too."""
     image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
     top = 120 + 50 * math.ceil(len(lines) / 3)
     # 1e-3: an axis of zeros would have no scale.
-    limits = limits or [max(1e-3, *(max(values[axis]) for values in lines.values())) for axis in (0, 1)]
+    limits = limits or [(0, max(1e-3, *(max(values[axis]) for values in lines.values()))) for axis in (0, 1)]
+    (left, right), (low, high) = limits
 
     def at(x, y):
-        return 130 + 1420 * x / limits[0], 1060 - (1060 - top) * y / limits[1]
+        return 130 + 1420 * (x - left) / (right - left), 1060 - (1060 - top) * (y - low) / (high - low)
 
-    def ticks(limit):   # up to 6 round steps; whole ones, as for layers, where the axis is longer than 1
-        steps = [digit * 10.0 ** power for power in range(-3 if limit <= 1 else 0, 9) for digit in (1, 2, 5)]
-        return np.arange(0, limit * 1.001, next(step for step in steps if limit / step <= 6))
+    def ticks(low, high):   # up to 6 round steps; whole ones, as for layers, where the axis is longer than 1
+        steps = [digit * 10.0 ** power for power in range(-3 if high <= 1 else 0, 9) for digit in (1, 2, 5)]
+        step = next(step for step in steps if (high - low) / step <= 6)
+        return step * np.arange(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)
 
-    for tick in ticks(limits[0]):
-        pen.line((*at(tick, 0), *at(tick, limits[1])), '#DDDDDD', 2)
-        pen.text((at(tick, 0)[0], 1076), f'{tick:.4g}', 'black', font, anchor='mt')
-    for tick in ticks(limits[1]):
-        pen.line((*at(0, tick), *at(limits[0], tick)), '#DDDDDD', 2)
-        pen.text((114, at(0, tick)[1]), f'{tick:.4g}', 'black', font, anchor='rm')
-    pen.line((at(0, limits[1]), at(0, 0), at(limits[0], 0)), 'black', 4)
-    pen.text((at(limits[0] / 2, 0)[0], 1180), names[0], 'black', font, anchor='mb')
+    def mark(x, y, i, colour, r=15):
+        corners = {0: ((-1, -1), (1, -1), (1, 1), (-1, 1)), 1: ((0, -1.3), (1.2, 0.9), (-1.2, 0.9)),
+                   2: ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)), 3: ((0, 1.3), (1.2, -0.9), (-1.2, -0.9))}.get(i % 5)
+        if corners:   # square, triangle, diamond, triangle upside down; else a disc
+            pen.polygon([(x + r * a, y + r * b) for a, b in corners], colour, 'white', 3)
+        else:
+            pen.ellipse((x - r, y - r, x + r, y + r), colour, 'white', 3)
+
+    for tick in ticks(left, right):
+        pen.line((*at(tick, low), *at(tick, high)), '#DDDDDD', 2)
+        pen.text((at(tick, low)[0], 1076), f'{tick:.4g}', 'black', font, anchor='mt')
+    for tick in ticks(low, high):
+        pen.line((*at(left, tick), *at(right, tick)), '#DDDDDD', 2)
+        pen.text((114, at(left, tick)[1]), f'{tick:.4g}', 'black', font, anchor='rm')
+    pen.line((at(left, high), at(left, low), at(right, low)), 'black', 4)
+    pen.text((at((left + right) / 2, low)[0], 1180), names[0], 'black', font, anchor='mb')
     pen.text((20, top - 40), names[1], 'black', font, anchor='lm')
     for i, (text, (x, y)) in enumerate(lines.items()):   # the legend stands above the axes, where no line can be
-        pen.line([at(*point) for point in zip(x, y)], COLOURS[i % len(COLOURS)], 8, joint='curve')
-        left, middle = 20 + i % 3 * 525, 50 + i // 3 * 50
-        pen.line((left, middle, left + 60, middle), COLOURS[i % len(COLOURS)], 8)
-        pen.text((left + 76, middle), text, 'black', font, anchor='lm')
+        colour, points = COLOURS[i % len(COLOURS)], [at(*point) for point in zip(x, y)]
+        start, middle = 20 + i % 3 * 525, 50 + i // 3 * 50
+        pen.line(points, colour, 8, joint='curve')
+        pen.line((start, middle, start + 60, middle), colour, 8)
+        for point in [*points, (start + 30, middle)] if len(points) <= 20 else []:
+            mark(*point, i, colour)
+        pen.text((start + 76, middle), text, 'black', font, anchor='lm')
     image.reduce(2).save(path)
 
 
@@ -484,7 +501,7 @@ def draw_precision_recall(precision: np.ndarray, path: str) -> None:
     curves = {'IoU 0.5': of_ious[0], 'IoU 0.75': of_ious[5], 'mean of 0.5-0.95': of_ious.mean(0)}
     recall = np.linspace(0, 1, precision.shape[1])
     draw_lines({f'{name}: AP {curve.mean():.3f}': (recall, curve) for name, curve in curves.items()},
-               ('recall', 'precision'), path, limits=(1, 1))
+               ('recall', 'precision'), path, limits=((0, 1), (0, 1)))
 
 
 # --- Several runs side by side --------------------------------------------------------------------------------------
@@ -530,14 +547,17 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         print('| ' + ' | '.join([name, str(len(last)), str(steps[-1]), *(
             f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' for values in (
                 [record[key] for record in last] for key in ('AP', 'AP50', 'duplicates')))]) + ' |')
-        lines[name] = [0, *steps], [0, *np.mean([[record['AP'] for record in run] for run in repetitions], 0)]
+        lines[name] = steps, np.mean([[record['AP'] for record in run] for run in repetitions], 0)
         if all(record.get('unstable') for record in last):
             of_layers[name] = np.mean([record['unstable'] for record in last], 0)
     if unstable and not of_layers:
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
     print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds')
-    if picture:
-        draw_lines(lines, ('steps', 'AP'), picture)
+    if picture:   # from the first evaluation on: the differences at the end are small
+        every_step, every_ap = (np.concatenate(values) for values in zip(*lines.values()))
+        low, high = every_ap.min(), max(every_ap.max(), every_ap.min() + 1e-3)
+        draw_lines(lines, ('steps', 'AP'), picture, ((min(every_step.min(), every_step.max() - 1), every_step.max()),
+                                                     (low - 0.05 * (high - low), high + 0.05 * (high - low))))
         print(f'picture: {picture}')
     if unstable:
         for name, scores in of_layers.items():

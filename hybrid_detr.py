@@ -700,4 +700,6 @@ def demonstrate() -> None:
 
 
 if __name__ == '__main__':
+    import argparse
+    argparse.ArgumentParser(description=demonstrate.__doc__).parse_args()
     demonstrate()

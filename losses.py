@@ -291,23 +291,27 @@ def draw(file: str) -> None:
             pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
             pen.text((x - 12, y + (1 - part) * height), f'{3 * part:g}', '#555555', small, anchor='rm')
         for iou, style in lines.items():
-            points = zip(p.tolist(), curve(name, p, iou)[0].tolist())
-            pen.line([(x + width * a, y + height * (1 - b / 3)) for a, b in points if b < 3], *style)
+            points = [(x + width * a, y + height * (1 - b / 3))
+                      for a, b in zip(p.tolist(), curve(name, p, iou)[0].tolist()) if b < 3]
+            for k in range(0, len(points) - 1, 8):   # IoU 0.5 is dashed: in grey it would look like 0.75
+                pen.line(points[k:k + (5 if iou == 0.5 else 9)], *style)
     for i, name in enumerate(('vfl', 'mal', 'stable')):
         x, y, width, height = i * 790 + 90, 1590, 660, 500
         surface = torch.stack([curve(name, p, iou)[0] for iou in torch.linspace(1, 0, 100).tolist()]).clamp(max=3)
         grey = 255 - 20 * (4 * surface).floor()   # a step of grey is 1/4
         image.paste(Image.fromarray(grey.byte().numpy()).resize((width, height), Image.Resampling.NEAREST), (x, y))
         pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
+        pen.text((x + width / 2, y - 12), f'{name}, matched: IoU over p', 'black', large, anchor='ms')
         for part in (0, 0.5, 1):
             pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
             pen.text((x - 12, y + (1 - part) * height), f'{part:g}', '#555555', small, anchor='rm')
-    pen.text((1200, 1540), 'the same over the score p (to the right) and the IoU (upwards) of a match: a step of grey '
-             'is 1/4, white is below 1/4, darkest 3 and more', 'black', small, anchor='mm')
+    pen.text((1200, 1500), 'loss of a match over the score p (to the right) and the IoU (upwards): a step of grey is '
+             '1/4, white is below 1/4, darkest 3 and more', 'black', small, anchor='mm')
     for j, (iou, style) in enumerate(lines.items()):
         text = 'not matched' if iou is None else f'matched at IoU {iou:g}'
-        pen.line((60 + 450 * j, 1420, 140 + 450 * j, 1420), *style)
-        pen.text((155 + 450 * j, 1420), text, 'black', small, anchor='lm')
+        for start in (60, 110):   # dashed or not
+            pen.line((start + 450 * j, 1420, start + 450 * j + (30 if iou == 0.5 else 50), 1420), *style)
+        pen.text((175 + 450 * j, 1420), text, 'black', small, anchor='lm')
     pen.text((1200, 1360), 'loss over the score p; ce, bce, focal: at any IoU', 'black', small, anchor='mm')
     image.reduce(2).save(file)
 

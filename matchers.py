@@ -322,10 +322,10 @@ def draw(file: str) -> None:
               ('epoch', 'rest of training', 0, 1), ('layer', 'first L1 layers', 0, 0), ('layer', 'other layers', 1, 0)]
     colours, grey = {'A': '#0072B2', 'B': '#D55E00', '.': '#BBBBBB'}, '#555555'
     large, small = (ImageFont.load_default(size=size) for size in (38, 28))
-    image = Image.new('RGB', (3200, 1330), 'white')   # twice the final size, for smooth lines
+    image = Image.new('RGB', (1640, 2680), 'white')   # twice the final size, for smooth lines
     pen = ImageDraw.Draw(image)
     for i, (scheme, when, layer, progress) in enumerate(panels):
-        x, y = i % 4 * 800 + 50, i // 4 * 650 + 30
+        x, y = i % 2 * 800 + 50, i // 2 * 640 + 30
         groups, found = toy(scheme, layer, progress)
         pen.text((x, y), f'{scheme}: {when}', 'black', large)
         numbers, copies = TOY_ROWS[scheme].items(), ' | '.join(str(group.copies[layer]) for group in groups)
@@ -347,8 +347,9 @@ def draw(file: str) -> None:
                 left, top = x + 374 + 52 * k, y + 130 + 52 * q
                 seen = '#444444' if group_of[q] == group_of[k] else 'white'
                 pen.rectangle((left, top, left + 52, top + 52), seen, '#BBBBBB', 2)
-    pen.text((50, 1275), 'Circle: query, in the colour of the ground truth (square) it has to find; grey: "nothing '
-             'here".     Matrix: self-attention, the query of a row sees those of the dark columns.', 'black', small)
+    pen.text((50, 2580), 'Circle: query, in the colour of the ground truth (square) it has to find; grey: '
+             '"nothing here".\nMatrix: self-attention, the query of a row sees those of the dark columns.', 'black',
+             small)
     image.reduce(2).save(file)
 
 

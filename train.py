@@ -52,7 +52,7 @@ TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, decoder_layers=6, levels=4)
 
 # The numbers of each scheme's row in matchers.query_groups: the papers' on COCO, and scaled down for `tiny`. The
-# papers give none for one2many; it gets the queries of H-DETR's other rows of 1800 and the K of its branch.
+# papers give no K for one2many; it gets that of H-DETR's branch, and the queries of its other rows of 1800.
 PAPER_ROWS = {'one2one': dict(n=300), 'branch': dict(n=300, T=1500, K=6, weight=1.0),
               'epoch': dict(n=1800, K=10, rho=2 / 3), 'layer': dict(n=1800, K=10, L1=4),
               'group': dict(n=300, G=11), 'one2many': dict(n=1800, K=6), 'stable': dict(n=300), 'deim': dict(n=300)}
@@ -475,7 +475,7 @@ def must_stay(checkpoint: dict | None, folder: Path, categories: dict, machine: 
 
 
 def new_folder(settings: dict) -> Path:
-    """The run's folder: --out, or the first of runs/SCHEME, runs/SCHEME-2, ... that holds no run.
+    """The run's folder: --out, or the first of runs/SCHEME, runs/SCHEME_2, ... that holds no run.
 
     Raises UserError if --out holds one."""
     def free(path: Path) -> bool:
@@ -483,7 +483,7 @@ def new_folder(settings: dict) -> Path:
 
     if 'out' not in settings:
         base = Path('runs') / settings['scheme']
-        return next(path for i in range(1, 10_000) if free(path := base if i == 1 else Path(f'{base}-{i}')))
+        return next(path for i in range(1, 10_000) if free(path := base if i == 1 else Path(f'{base}_{i}')))
     out = Path(settings['out'])
     if not free(out):
         how = f'go on with --resume {out}' if (out / 'checkpoint.pt').exists() else 'without a checkpoint: delete it'
