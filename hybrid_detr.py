@@ -516,7 +516,7 @@ class HybridDETR(nn.Module):
         """Every token proposes, in scores and boxes before the sigmoid: (B,S,D) -> (B,E,S,C), (B,E,S,4).
 
         E = groups, or 1 if one pair of heads ranks for all. Every token learns to propose, chosen or not: this is the
-        encoder's own loss, which no scheme changes.
+        encoder's own loss, which changes only where groups have heads of their own (matchers.encoder_groups).
         Tokens that are ruled out enter as 0 and have the box logits +inf: they share one score and the box (1,1,1,1),
         stay in the loss as background, and may even be chosen if nothing better is left (official code).
         """

@@ -78,8 +78,8 @@ class LossSettings(NamedTuple):
 
 # --- Classification losses: a row of the table above each -----------------------------------------------------------
 
-# Scores p of matched entries and quality s of their boxes (the IoU; stable: f1(IoU)) -> target t and weight of BCE(p,
-# t).
+# Scores p of matched entries and quality s of their boxes (the IoU; stable: f1(IoU)) -> target t and weight of
+# BCE(p, t).
 MATCHED = {
     'bce': lambda p, s, how: (1.0, 1.0),
     'focal': lambda p, s, how: (1.0, 0.25 * (1 - p) ** 2),

@@ -358,6 +358,9 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description='Carry a toy cost matrix through every matching scheme.')
     parser.add_argument('--picture', metavar='FILE', help='also draw it')
     args = parser.parse_args()
+    for name, of_gt in zip('AB', TOY_COST.T.tolist()):
+        print(f'cost {name}:  {"  ".join(f"q{q} {cost:g}" for q, cost in enumerate(of_gt))}')
+    print()
     print(f'{"scheme":10}{"numbers":15}{"groups":13}{"first layer, early":21}{"last layer, early":20}last layer, late')
     for scheme, numbers in TOY_ROWS.items():
         cells = []

@@ -924,6 +924,8 @@ class TestExercises(unittest.TestCase):
         if off.numel() and off.max() > 1e-5:
             at = tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
             few = f'\n    yours  {found.tolist()}\n    wanted {wanted.tolist()}' if off.numel() < 10 else ''
+            if off.ndim == 0:
+                self.fail(f'{why}{few}')
             self.fail(f'{why}{few}\n    furthest off at {list(at)}: yours {float(found[at]):.6g}, wanted '
                       f'{float(wanted[at]):.6g}')
 
@@ -1028,7 +1030,8 @@ class TestExercises(unittest.TestCase):
         """hybrid_detr.GroupSelfAttention.forward: groups of one size and of two, then denoising queries."""
         torch.manual_seed(0)
         attention, (content, position) = hybrid_detr.GroupSelfAttention(16, 2, 0.0), torch.randn(2, 2, 9, 16)
-        hints = {(3, 3, 3): 'three groups of 3', (4, 5): 'groups (4, 5): their sizes may differ',
+        hints = {(3, 3, 3): 'An answer (B,N,D) for each query; here three groups of 3',
+                 (4, 5): 'groups (4, 5): their sizes may differ',
                  (3, 2): 'groups (3, 2) and 2 denoising groups of 2: what the sizes leave over are denoising queries'}
 
         def moved(groups, query, which=0, denoising=0):   # how far each query moves if this one is changed
@@ -3323,12 +3326,13 @@ class TestReadme(unittest.TestCase):
 
     def test_commands_are_understood(self):
         """Every command is parsed as it stands there: a flag that was renamed, or a test, is noticed."""
-        block = ' '.join(re.findall(r'^```\n(.*?)^```', self.text, re.M | re.S)).replace('\\\n', ' ')
+        prose, fenced = (''.join(re.split(r'^```.*\n', self.text, flags=re.M)[i::2]) for i in (0, 1))
+        block = fenced.replace('\\\n', ' ')
         values = dict(re.findall(r'^ *(\w+)="([^"]*)"', block, re.M))   # small="python train.py ..."
         for _ in values:
             block = re.sub(r'\$(\w+)', lambda match: values.get(match[1], '1'), block)
-        lines = [*re.findall(r'`([^`\n]*python [^`]*)`', self.text), *block.splitlines(),
-                 *re.findall(r'^    (.*python .*)', self.text, re.M)]
+        lines = [*re.findall(r'`([^`\n]*python [^`]*)`', prose), *block.splitlines(),
+                 *re.findall(r'^    (.*python .*)', prose, re.M)]
         commands = [part.split('#')[0].split() for line in lines for part in re.split(r'&&|;', line)]
         counted = dict.fromkeys(('train.py', 'eval.py', 'test_all.py'), 0)
         for command in commands:
