@@ -758,7 +758,9 @@ def benchmark_rows(kind: str, tiny: bool) -> dict[str, dict]:
             **{scheme: dict(scheme=scheme) for scheme in rows if scheme != 'one2one'},
             'one2one, checkpointed': dict(scheme='one2one', checkpoint_activations=True),
             'branch, checkpointed': dict(scheme='branch', checkpoint_activations=True),
-            'branch, as published': dict(scheme='branch', published=True)}
+            'branch, as published': dict(scheme='branch', published=True),
+            'group, one head': dict(scheme='group', selection='ranks'),   # as published_loss has it
+            'group, as published': dict(scheme='group', selection='ranks', published=True)}
 
 
 def benchmark(args: argparse.Namespace) -> None:

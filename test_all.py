@@ -2768,7 +2768,7 @@ class TestCommands(unittest.TestCase):
             else:
                 table = [line for line in lines if line.startswith('|')]
                 self.assertEqual({line.count('|') for line in table}, {14}, 'cells of every line')
-                self.assertEqual(len(table), 2 + (3 if kind == 'schemes' else 2))
+                self.assertEqual(len(table), 2 + (4 if kind == 'schemes' else 2))
         with quiet():
             rows = [evaluation.BenchmarkRow({'model': 'tiny', 'data': 'shapes', **given}, 6, torch.device('cpu'), False)
                     for given in (dict(scheme='one2one'), dict(scheme='stable'), dict(scheme='branch'),
