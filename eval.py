@@ -8,6 +8,7 @@
     python eval.py --weights runs/group/checkpoint.pt --matches matches.png    who answers for whom, in every scheme
     python eval.py --weights official.pth --data COCO                          a checkpoint of HDETR/H-Deformable-DETR
     python eval.py --compare runs/a-1 runs/a-2 runs/b-1 --curves curves.png    several runs in one table and one picture
+    python eval.py --figures DIR                                               the schemes and losses as pictures
     python eval.py --benchmark                                                 time and memory of all schemes
 
 Read `detections`, `detect` and `average_precision` first; the rest are measures, pictures and the benchmark, each by
@@ -40,8 +41,9 @@ import hybrid_detr
 from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages, UserError, collate, open_dataset,
                   train_loader, val_loader)
 from hybrid_detr import HybridDETR, Outputs, from_official
-from losses import criterion
-from matchers import Cost, assign, class_scores, denoising_queries, encoder_groups, match, matching_cost, query_groups
+from losses import MATCHED, criterion, curve
+from matchers import (TOY_ROWS, Cost, assign, class_scores, denoising_queries, encoder_groups, match, matching_cost,
+                      query_groups, toy)
 
 METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
            'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large')
@@ -442,9 +444,8 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
 
 
 def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limits: tuple | None = None) -> None:
-    """Save a PNG of lines {text: (x values, y values)}; names and limits (low, high): of the x and y axis. Lines of a
-    few
-    points have a mark at each, another one for each line, so that grey print tells them apart, too."""
+    """Save a PNG of lines {text: (x values, y values)}; names and limits (low, high): of the x and y axis. Lines of
+    few points have a mark at each, another one for each line, so that grey print tells them apart, too."""
     image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
     top = 120 + 50 * math.ceil(len(lines) / 3)
@@ -502,6 +503,95 @@ def draw_precision_recall(precision: np.ndarray, path: str) -> None:
     recall = np.linspace(0, 1, precision.shape[1])
     draw_lines({f'{name}: AP {curve.mean():.3f}': (recall, curve) for name, curve in curves.items()},
                ('recall', 'precision'), path, limits=((0, 1), (0, 1)))
+
+
+# --- The toy of matchers.py and the curves of losses.py, drawn ------------------------------------------------------
+
+def draw_figures(folder: Path) -> None:
+    """Draw schemes.png and losses.png. Raises UserError if there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f'--figures {folder}: is no folder')
+    for draw, path in ((draw_schemes, folder / 'schemes.png'), (draw_losses, folder / 'losses.png')):
+        draw(path)
+        print(f'picture: {path}')
+
+
+def draw_schemes(path: Path) -> None:
+    """A panel for each scheme: queries on the left, ground truths on the right, and who sees whom in self-attention."""
+    panels = [('one2one', 'always', 0, 0), ('branch', 'always', 0, 0), ('group', 'always', 0, 0),
+              ('one2many', 'always', 0, 0), ('epoch', 'first part of training', 0, 0),
+              ('epoch', 'rest of training', 0, 1), ('layer', 'first L1 layers', 0, 0), ('layer', 'other layers', 1, 0)]
+    colours, grey = {'A': '#0072B2', 'B': '#D55E00', '.': '#BBBBBB'}, '#555555'
+    large, small = (ImageFont.load_default(size=size) for size in (38, 28))
+    image = Image.new('RGB', (1640, 2680), 'white')   # twice the final size, for smooth lines
+    pen = ImageDraw.Draw(image)
+    for i, (scheme, when, layer, progress) in enumerate(panels):
+        x, y = i % 2 * 800 + 50, i // 2 * 640 + 30
+        groups, found = toy(scheme, layer, progress)
+        pen.text((x, y), f'{scheme}: {when}', 'black', large)
+        numbers, copies = TOY_ROWS[scheme].items(), ' | '.join(str(group.copies[layer]) for group in groups)
+        pen.text((x, y + 48), f'{"  ".join(f"{k}={v}" for k, v in numbers)}:  copies of A and B: {copies}', grey, small)
+        group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
+        height = [y + 150 + 64 * q + 26 * group_of[q] for q in range(len(found))]
+        gt_height = {'A': y + 230, 'B': y + 430}
+        for q, letter in enumerate(found):
+            if letter != '.':
+                pen.line((x + 50, height[q], x + 240, gt_height[letter]), colours[letter], 6)
+            pen.ellipse((x, height[q] - 28, x + 56, height[q] + 28), colours[letter], 'black', 2)
+            pen.text((x + 28, height[q]), f'q{q}', 'black' if letter == '.' else 'white', small, anchor='mm')
+        for letter, centre in gt_height.items():
+            pen.rectangle((x + 220, centre - 34, x + 288, centre + 34), colours[letter], 'black', 2)
+            pen.text((x + 254, centre), letter, 'white', large, anchor='mm')
+        for q in range(len(found)):   # the attention block: row q looks at column k
+            pen.text((x + 362, y + 156 + 52 * q), f'q{q}', grey, small, anchor='rm')
+            for k in range(len(found)):
+                left, top = x + 374 + 52 * k, y + 130 + 52 * q
+                seen = '#444444' if group_of[q] == group_of[k] else 'white'
+                pen.rectangle((left, top, left + 52, top + 52), seen, '#BBBBBB', 2)
+    pen.text((50, 2580), 'Circle: query, in the colour of the ground truth (square) it has to find; grey: '
+             '"nothing here".\nMatrix: self-attention, the query of a row sees those of the dark columns.', 'black',
+             small)
+    image.reduce(2).save(path)
+
+
+def draw_losses(path: Path) -> None:
+    """A panel for each loss as printed: loss over score, a line for each IoU of the match, a thin one for no match. Of
+    the three that ask for the IoU also the whole surface, over score and IoU of a match."""
+    lines = {0.0: ('#D55E00', 11), 0.5: ('#E69F00', 8), 0.75: ('#56B4E9', 8), 1.0: ('#0072B2', 8), None: ('black', 3)}
+    large, small = (ImageFont.load_default(size=size) for size in (40, 30))
+    image = Image.new('RGB', (2400, 2190), 'white')   # twice the final size, for smooth lines
+    pen, p = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199)
+    for i, name in enumerate(('ce', *MATCHED)):
+        x, y, width, height = i % 3 * 790 + 90, i // 3 * 690 + 80, 660, 500
+        pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
+        pen.text((x + width / 2, y - 12), name, 'black', large, anchor='ms')
+        for part in (0, 0.5, 1):
+            pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
+            pen.text((x - 12, y + (1 - part) * height), f'{3 * part:g}', '#555555', small, anchor='rm')
+        for iou, style in lines.items():
+            points = [(x + width * a, y + height * (1 - b / 3))
+                      for a, b in zip(p.tolist(), curve(name, p, iou)[0].tolist()) if b < 3]
+            for k in range(0, len(points) - 1, 8):   # IoU 0.5 is dashed: in grey it would look like 0.75
+                pen.line(points[k:k + (5 if iou == 0.5 else 9)], *style)
+    for i, name in enumerate(('vfl', 'mal', 'stable')):
+        x, y, width, height = i * 790 + 90, 1590, 660, 500
+        surface = torch.stack([curve(name, p, iou)[0] for iou in torch.linspace(1, 0, 100).tolist()]).clamp(max=3)
+        grey = 255 - 20 * (4 * surface).floor()   # a step of grey is 1/4
+        image.paste(Image.fromarray(grey.byte().numpy()).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
+        pen.text((x + width / 2, y - 12), f'{name}, matched: IoU over p', 'black', large, anchor='ms')
+        for part in (0, 0.5, 1):
+            pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
+            pen.text((x - 12, y + (1 - part) * height), f'{part:g}', '#555555', small, anchor='rm')
+    pen.text((1200, 1500), 'loss of a match over the score p (to the right) and the IoU (upwards): a step of grey is '
+             '1/4, white is below 1/4, darkest 3 and more', 'black', small, anchor='mm')
+    for j, (iou, style) in enumerate(lines.items()):
+        text = 'not matched' if iou is None else f'matched at IoU {iou:g}'
+        for start in (60, 110):   # dashed or not
+            pen.line((start + 450 * j, 1420, start + 450 * j + (30 if iou == 0.5 else 50), 1420), *style)
+        pen.text((175 + 450 * j, 1420), text, 'black', small, anchor='lm')
+    pen.text((1200, 1360), 'loss over the score p; ce, bce, focal: at any IoU', 'black', small, anchor='mm')
+    image.reduce(2).save(path)
 
 
 # --- Several runs side by side --------------------------------------------------------------------------------------
@@ -912,6 +1002,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument('--curves', metavar='FILE', help='with --compare: draw AP over the steps to this PNG')
     group.add_argument('--unstable-curves', metavar='FILE',
                        help='with --compare: draw the last unstable scores over the layers, of runs with --unstable')
+    group = parser.add_argument_group('matching and losses by themselves, instead of an evaluation')
+    group.add_argument('--figures', metavar='DIR',
+                       help='draw into this folder every scheme on the toy of matchers.py (schemes.png), and what each '
+                            'loss makes of score and IoU (losses.png)')
     group = parser.add_argument_group('benchmark: time and memory of training, instead of an evaluation')
     group.add_argument('--benchmark', nargs='?', const='schemes', choices=('schemes', 'queries', 'groups', 'loss'),
                        help='a table of all schemes (default), of branch with more and more queries, of group with '
@@ -923,14 +1017,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                        help='forward in bfloat16 (default on CUDA that supports it)')
     group.add_argument('--compile', action='store_true', help='compile the deformable attention, for CUDA')
     args = parser.parse_args(argv)
-    modes = [name for name in ('weights', 'compare', 'benchmark') if getattr(args, name)]
+    modes = [name for name in ('weights', 'compare', 'figures', 'benchmark') if getattr(args, name) is not None]
     if len(modes) != 1:
-        parser.error('exactly one of --weights, --compare and --benchmark is needed')
+        parser.error('exactly one of --weights, --compare, --figures and --benchmark is needed')
     machine = {'device', 'repeats', 'compile'}
     table = machine | {'data', 'image_size', 'batch_size', 'workers', 'amp', 'model', 'rows'}
     drawn = {'curves', 'unstable_curves'}
     means_something = {'weights': vars(args).keys() - drawn - {'model', 'rows', 'repeats', 'amp', 'compile'},
-                       'compare': drawn, 'benchmark': machine if args.benchmark == 'loss' else table}[modes[0]]
+                       'compare': drawn, 'figures': set(),
+                       'benchmark': machine if args.benchmark == 'loss' else table}[modes[0]]
     for name, value in vars(args).items():   # nothing is ignored
         if name not in (*modes, *means_something) and value != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")} has no meaning with --{modes[0]}'
@@ -950,7 +1045,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
     pictures = ('picture_file', 'pr_curve', 'matches', 'curves', 'unstable_curves')
-    for name in ('weights', 'data', 'save_json', 'rows', *pictures):
+    for name in ('weights', 'data', 'save_json', 'figures', 'rows', *pictures):
         if getattr(args, name) == '':   # a variable of the shell that was not set
             raise UserError(f"--{name.replace('_', '-')} '': is empty")
     if args.device == 'cuda' and not torch.cuda.is_available():
@@ -963,6 +1058,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f'the folder of {path} does not exist')
     if args.compare:
         return compare(args.compare, args.curves, args.unstable_curves)
+    if args.figures:
+        return draw_figures(Path(args.figures))
     if args.benchmark:
         return benchmark_loss(args) if args.benchmark == 'loss' else benchmark(args)
     model, categories, settings = load_detector(args.weights)

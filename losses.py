@@ -49,7 +49,7 @@ What divides the sum over queries, classes and images, where n_box is the number
     ce                       unsaid (DETR)                 sum of the weights of all queries   the same, of each group
 
 This file needs torch and torchvision only, and can be copied alone. `python losses.py` prints what each loss makes of
-score and IoU, `--picture FILE` draws it.
+score and IoU.
 """
 import math
 from collections.abc import Sequence
@@ -263,7 +263,7 @@ def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], 
     return dict(zip(names, (*decoder, *encoder))), iou
 
 
-# --- The example of the docstring, printed and drawn ----------------------------------------------------------------
+# --- The example of the docstring, printed --------------------------------------------------------------------------
 
 def curve(name: str, p: Tensor, iou: float | None) -> tuple[Tensor, Tensor]:
     """Loss and its gradient by the logit of queries with scores p (n,), matched at this IoU, or not (None)."""
@@ -275,52 +275,9 @@ def curve(name: str, p: Tensor, iou: float | None) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
 
 
-def draw(file: str) -> None:
-    """A panel for each loss as printed: loss over score, a line for each IoU of the match, a thin one for no match. Of
-    the three that ask for the IoU also the whole surface, over score and IoU of a match."""
-    from PIL import Image, ImageDraw, ImageFont
-    lines = {0.0: ('#D55E00', 11), 0.5: ('#E69F00', 8), 0.75: ('#56B4E9', 8), 1.0: ('#0072B2', 8), None: ('black', 3)}
-    large, small = (ImageFont.load_default(size=size) for size in (40, 30))
-    image = Image.new('RGB', (2400, 2190), 'white')   # twice the final size, for smooth lines
-    pen, p = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199)
-    for i, name in enumerate(('ce', *MATCHED)):
-        x, y, width, height = i % 3 * 790 + 90, i // 3 * 690 + 80, 660, 500
-        pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
-        pen.text((x + width / 2, y - 12), name, 'black', large, anchor='ms')
-        for part in (0, 0.5, 1):
-            pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
-            pen.text((x - 12, y + (1 - part) * height), f'{3 * part:g}', '#555555', small, anchor='rm')
-        for iou, style in lines.items():
-            points = [(x + width * a, y + height * (1 - b / 3))
-                      for a, b in zip(p.tolist(), curve(name, p, iou)[0].tolist()) if b < 3]
-            for k in range(0, len(points) - 1, 8):   # IoU 0.5 is dashed: in grey it would look like 0.75
-                pen.line(points[k:k + (5 if iou == 0.5 else 9)], *style)
-    for i, name in enumerate(('vfl', 'mal', 'stable')):
-        x, y, width, height = i * 790 + 90, 1590, 660, 500
-        surface = torch.stack([curve(name, p, iou)[0] for iou in torch.linspace(1, 0, 100).tolist()]).clamp(max=3)
-        grey = 255 - 20 * (4 * surface).floor()   # a step of grey is 1/4
-        image.paste(Image.fromarray(grey.byte().numpy()).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
-        pen.text((x + width / 2, y - 12), f'{name}, matched: IoU over p', 'black', large, anchor='ms')
-        for part in (0, 0.5, 1):
-            pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
-            pen.text((x - 12, y + (1 - part) * height), f'{part:g}', '#555555', small, anchor='rm')
-    pen.text((1200, 1500), 'loss of a match over the score p (to the right) and the IoU (upwards): a step of grey is '
-             '1/4, white is below 1/4, darkest 3 and more', 'black', small, anchor='mm')
-    for j, (iou, style) in enumerate(lines.items()):
-        text = 'not matched' if iou is None else f'matched at IoU {iou:g}'
-        for start in (60, 110):   # dashed or not
-            pen.line((start + 450 * j, 1420, start + 450 * j + (30 if iou == 0.5 else 50), 1420), *style)
-        pen.text((175 + 450 * j, 1420), text, 'black', small, anchor='lm')
-    pen.text((1200, 1360), 'loss over the score p; ce, bce, focal: at any IoU', 'black', small, anchor='mm')
-    image.reduce(2).save(file)
-
-
 if __name__ == '__main__':
     import argparse
-    parser = argparse.ArgumentParser(description='What each classification loss makes of score and IoU.')
-    parser.add_argument('--picture', metavar='FILE', help='also draw it')
-    args = parser.parse_args()
+    argparse.ArgumentParser(description='What each classification loss makes of score and IoU.').parse_args()
     scores = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     print("loss and gradient by the logit (below 0: the score is pushed up), the papers' forms before their class "
           'weights;\nstable: f1(s) = s^2 before the rescale\n\n' + ' ' * 25
@@ -332,6 +289,3 @@ if __name__ == '__main__':
             cells = [f'{loss:6.3f} {gradient:+.3f}   ' for loss, gradient in zip(*curve(name, scores, iou))]
             print(f'{name:8}{what:16}' + ' '.join(cells))
     print('\nWhat divides' + __doc__.split('What divides')[1].split('This file')[0].rstrip())
-    if args.picture:
-        draw(args.picture)
-        print(f'picture: {args.picture}')

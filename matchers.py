@@ -24,7 +24,7 @@ The letters, the same in every file of this project unless it says otherwise:
 Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are corners.
 
 One toy through all schemes: 6 queries, ground truths A and B, and what each pair costs. A letter is the ground truth
-that query 0..5 has to find, a dot is "nothing here" (`python matchers.py` prints it, `--picture FILE` draws it).
+that query 0..5 has to find, a dot is "nothing here" (`python matchers.py` prints it).
 
     query    0 1 2 3 4 5
     cost A   1 4 2 3 6 5
@@ -297,7 +297,7 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     return tuple(Matches(*torch.stack(pairs).to(pred_logits.device, non_blocking=True)) for pairs in (decoder, encoder))
 
 
-# --- The example of the docstring, printed and drawn ----------------------------------------------------------------
+# --- The example of the docstring, printed --------------------------------------------------------------------------
 
 TOY_COST = torch.tensor([[1.0, 2], [4, 3], [2, 1], [3, 6], [6, 5], [5, 9]])   # 6 queries, ground truths A and B
 TOY_ROWS = {'one2one': dict(n=6), 'branch': dict(n=2, T=4, K=2), 'epoch': dict(n=6, K=2), 'layer': dict(n=6, K=2, L1=1),
@@ -314,50 +314,9 @@ def toy(scheme: str, layer: int, progress: float) -> tuple[list[QueryGroup], lis
     return groups, found
 
 
-def draw(file: str) -> None:
-    """A panel for each scheme: queries on the left, ground truths on the right, and who sees whom in self-attention."""
-    from PIL import Image, ImageDraw, ImageFont
-    panels = [('one2one', 'always', 0, 0), ('branch', 'always', 0, 0), ('group', 'always', 0, 0),
-              ('one2many', 'always', 0, 0), ('epoch', 'first part of training', 0, 0),
-              ('epoch', 'rest of training', 0, 1), ('layer', 'first L1 layers', 0, 0), ('layer', 'other layers', 1, 0)]
-    colours, grey = {'A': '#0072B2', 'B': '#D55E00', '.': '#BBBBBB'}, '#555555'
-    large, small = (ImageFont.load_default(size=size) for size in (38, 28))
-    image = Image.new('RGB', (1640, 2680), 'white')   # twice the final size, for smooth lines
-    pen = ImageDraw.Draw(image)
-    for i, (scheme, when, layer, progress) in enumerate(panels):
-        x, y = i % 2 * 800 + 50, i // 2 * 640 + 30
-        groups, found = toy(scheme, layer, progress)
-        pen.text((x, y), f'{scheme}: {when}', 'black', large)
-        numbers, copies = TOY_ROWS[scheme].items(), ' | '.join(str(group.copies[layer]) for group in groups)
-        pen.text((x, y + 48), f'{"  ".join(f"{k}={v}" for k, v in numbers)}:  copies of A and B: {copies}', grey, small)
-        group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
-        height = [y + 150 + 64 * q + 26 * group_of[q] for q in range(len(found))]
-        gt_height = {'A': y + 230, 'B': y + 430}
-        for q, letter in enumerate(found):
-            if letter != '.':
-                pen.line((x + 50, height[q], x + 240, gt_height[letter]), colours[letter], 6)
-            pen.ellipse((x, height[q] - 28, x + 56, height[q] + 28), colours[letter], 'black', 2)
-            pen.text((x + 28, height[q]), f'q{q}', 'black' if letter == '.' else 'white', small, anchor='mm')
-        for letter, centre in gt_height.items():
-            pen.rectangle((x + 220, centre - 34, x + 288, centre + 34), colours[letter], 'black', 2)
-            pen.text((x + 254, centre), letter, 'white', large, anchor='mm')
-        for q in range(len(found)):   # the attention block: row q looks at column k
-            pen.text((x + 362, y + 156 + 52 * q), f'q{q}', grey, small, anchor='rm')
-            for k in range(len(found)):
-                left, top = x + 374 + 52 * k, y + 130 + 52 * q
-                seen = '#444444' if group_of[q] == group_of[k] else 'white'
-                pen.rectangle((left, top, left + 52, top + 52), seen, '#BBBBBB', 2)
-    pen.text((50, 2580), 'Circle: query, in the colour of the ground truth (square) it has to find; grey: '
-             '"nothing here".\nMatrix: self-attention, the query of a row sees those of the dark columns.', 'black',
-             small)
-    image.reduce(2).save(file)
-
-
 if __name__ == '__main__':
     import argparse
-    parser = argparse.ArgumentParser(description='Carry a toy cost matrix through every matching scheme.')
-    parser.add_argument('--picture', metavar='FILE', help='also draw it')
-    args = parser.parse_args()
+    argparse.ArgumentParser(description='Carry a toy cost matrix through every matching scheme.').parse_args()
     for name, of_gt in zip('AB', TOY_COST.T.tolist()):
         print(f'cost {name}:  {"  ".join(f"q{q} {cost:g}" for q, cost in enumerate(of_gt))}')
     print()
@@ -370,6 +329,3 @@ if __name__ == '__main__':
             cells.append(' | '.join(' '.join(next(letters) for _ in range(group.queries)) for group in groups))
         print(f'{scheme:10}{" ".join(f"{k}={v}" for k, v in numbers.items()):15}'
               f'{" | ".join(str(group.queries) for group in groups):13}{cells[0]:21}{cells[1]:20}{cells[2]}')
-    if args.picture:
-        draw(args.picture)
-        print(f'picture: {args.picture}')

@@ -1486,11 +1486,8 @@ class TestWhatAMatchIsWorth(Close, unittest.TestCase):
         self.assertGreater(float(stable[1]), float(plain[1]) + 1, 'a distant one is judged by a lower score')
 
     def test_demonstration(self):
-        with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run([sys.executable, str(HERE / 'losses.py'), '--picture', f'{folder}/l.png'],
-                                  capture_output=True, text=True, cwd=folder)
-            self.assertEqual(done.returncode, 0, done.stderr)
-            self.assertEqual(Image.open(f'{folder}/l.png').size, (1200, 1095))
+        done = subprocess.run([sys.executable, str(HERE / 'losses.py')], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn('mal     match, IoU 0     0.051 +0.050     0.288 +0.250     0.693 +0.500', done.stdout)
         self.assertIn('K * n_box', done.stdout)
 
@@ -2573,6 +2570,25 @@ class TestMeasures(unittest.TestCase):
                          'the colours of the groups in the panels one2one, one2many, branch, group')
         with self.assertRaisesRegex(data.UserError, 'image 0 has 0 objects'):
             evaluation.draw_matches(model, FixedImages(objects=0), [1, 2, 3], str(folder / 'no.png'), 0)
+
+    def test_figures_of_schemes_and_losses(self):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        with quiet():
+            evaluation.main(['--figures', str(folder)])
+        schemes, losses_drawn = (np.array(Image.open(folder / f'{name}.png')) for name in ('schemes', 'losses'))
+        # The query circles of a panel, a colour for what each has to find: branch is the second panel, group the third.
+        for panel, found in enumerate(('A.B...', 'AB|BABA', 'AB|BA|BA', 'ABBA..')):
+            x, y = panel % 2 * 400 + 39, panel // 2 * 320 + 80   # above the text in the first circle
+            for letter in found:
+                if letter != '|':
+                    colour = {'A': [0, 0x72, 0xB2], 'B': [0xD5, 0x5E, 0], '.': [0xBB] * 3}[letter]
+                    self.assertLess(np.abs(schemes[y, x] - np.array(colour)).max(), 30, f'panel {panel}')
+                y += 13 if letter == '|' else 32
+        # Of an unmatched query (thin black) the curve of mal is p^1.5 * -log(1-p): 0.245 of 3 at score 1/2.
+        x, y = 4 % 3 * 395 + 45 + 165, 4 // 3 * 345 + 40 + round(250 * (1 - 0.5 ** 1.5 * math.log(2) / 3))
+        self.assertLess(losses_drawn[y - 2:y + 3, x].sum(-1).min(), 300, 'the curve of mal')
+        with self.assertRaisesRegex(data.UserError, 'is no folder'):
+            evaluation.main(['--figures', str(folder / 'none')])
 
     def test_bad_flags_are_refused(self):
         for flags, message in ((['--pr-curve', 'p.jpg'], '--pr-curve p.jpg: must end in .png'),
