@@ -218,6 +218,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
         print(f'checkpoint: {folder / "checkpoint.pt"}\npicture:    {picture}\n'
               f'look:       python eval.py --weights {folder / "checkpoint.pt"} --pictures 8')
     if world > 1:
+        del parallel   # before its processes part: as the last owner of gloo's threads it may wait for them for ever
         dist.destroy_process_group()
 
 
