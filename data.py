@@ -475,8 +475,10 @@ def mosaic(images: list[Image.Image], targets: list[dict], size: int) -> tuple[I
 
 
 def mixup(sample: Sample, other: Sample, beta: float = 0.5) -> Sample:
-    """beta * sample + (1 - beta) * other, with the objects of both; the smaller one is padded with the mean colour.
+    """beta * sample + (1 - beta) * other, with the objects of both.
 
+    Both lie in the top left corner of an image as high and as wide as the larger of each; the rest is 0, which is the
+    mean colour once `normalise` was applied. Boxes become fractions of the new image.
     0.5 on the DEIM slides; the official code draws beta from 0.45..0.55, and stores it for each box, but no loss uses
     it. Id and stored size are those of `sample`.
     """

@@ -21,6 +21,8 @@ import json
 import math
 import sys
 import time
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -31,6 +33,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import batched_nms, box_convert, generalized_box_iou, sigmoid_focal_loss
 from torchvision.transforms import v2
@@ -434,7 +438,7 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
         for query, gt in sorted(zip(matches.query.tolist(), matches.gt.tolist()), reverse=True):
             colour = COLOURS[group_of[query]]
             (x, y), end = ((box[:2] + box[2:]).div(2).tolist() for box in (found[query], truths[gt]))   # the centres
-            pen.rectangle(found[query].tolist(), outline=colour, width=6 if group_of[query] == 0 else 3)
+            pen.rectangle(found[query].tolist(), outline=colour, width=6 if group_of[query] == 0 else 4)
             pen.line((x, y, *end), 'white', 9)
             pen.line((x, y, *end), colour, 5)
             pen.ellipse((x - 14, y - 14, x + 14, y + 14), colour, 'white', 3)
@@ -445,7 +449,8 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
 
 def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limits: tuple | None = None) -> None:
     """Save a PNG of lines {text: (x values, y values)}; names and limits (low, high): of the x and y axis. Lines of
-    few points have a mark at each, another one for each line, so that grey print tells them apart, too."""
+    few points have a mark at each, another one for each line, so that grey print tells them apart, too. {text: (x, y,
+    lowest, highest)} adds a bar at each point, from the lowest to the highest, beside those of the other lines."""
     image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
     top = 120 + 50 * math.ceil(len(lines) / 3)
@@ -478,10 +483,13 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limit
     pen.line((at(left, high), at(left, low), at(right, low)), 'black', 4)
     pen.text((at((left + right) / 2, low)[0], 1180), names[0], 'black', font, anchor='mb')
     pen.text((20, top - 40), names[1], 'black', font, anchor='lm')
-    for i, (text, (x, y)) in enumerate(lines.items()):   # the legend stands above the axes, where no line can be
+    for i, (text, (x, y, *spread)) in enumerate(lines.items()):
         colour, points = COLOURS[i % len(COLOURS)], [at(*point) for point in zip(x, y)]
-        start, middle = 20 + i % 3 * 525, 50 + i // 3 * 50
+        start, middle = 20 + i % 3 * 525, 50 + i // 3 * 50   # of the legend: above the axes, where no line can be
         pen.line(points, colour, 8, joint='curve')
+        for ends in zip(x, *spread) if spread else []:
+            beside = at(ends[0], low)[0] + 14 * (i - (len(lines) - 1) / 2)
+            pen.line((beside, at(*ends[:2])[1], beside, at(ends[0], ends[2])[1]), colour, 6)
         pen.line((start, middle, start + 60, middle), colour, 8)
         for point in [*points, (start + 30, middle)] if len(points) <= 20 else []:
             mark(*point, i, colour)
@@ -610,6 +618,12 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
+def with_margin(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Limits of an axis: a twentieth more on both sides than the values span, or than `least` if that is more."""
+    margin = max(max(values) - min(values), least) / 20
+    return min(values) - margin, max(values) + margin
+
+
 def compare(folders: list[str], picture: str | None = None, unstable: str | None = None) -> None:
     """Print the results of several runs, and draw their AP over the steps (Group DETR Fig. 1, H-DETR Fig. 4), and of
     those with --unstable the last unstable scores over the layers (Stable-DINO Fig. 3).
@@ -637,23 +651,25 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         print('| ' + ' | '.join([name, str(len(last)), str(steps[-1]), *(
             f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' for values in (
                 [record[key] for record in last] for key in ('AP', 'AP50', 'duplicates')))]) + ' |')
-        lines[name] = steps, np.mean([[record['AP'] for record in run] for run in repetitions], 0)
+        ap = np.array([[record['AP'] for record in run] for run in repetitions])
+        lines[name] = steps, ap.mean(0), ap.min(0), ap.max(0)
         if all(record.get('unstable') for record in last):
-            of_layers[name] = np.mean([record['unstable'] for record in last], 0)
+            scores = np.array([record['unstable'] for record in last])
+            of_layers[name] = range(1, scores.shape[1] + 1), scores.mean(0), scores.min(0), scores.max(0)
     if unstable and not of_layers:
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
     print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds')
     if picture:   # from the first evaluation on: the differences at the end are small
-        every_step, every_ap = (np.concatenate(values) for values in zip(*lines.values()))
-        low, high = every_ap.min(), max(every_ap.max(), every_ap.min() + 1e-3)
-        draw_lines(lines, ('steps', 'AP'), picture, ((min(every_step.min(), every_step.max() - 1), every_step.max()),
-                                                     (low - 0.05 * (high - low), high + 0.05 * (high - low))))
+        every_step = np.concatenate([line[0] for line in lines.values()])
+        every_ap = np.concatenate([ap for line in lines.values() for ap in line[1:]])
+        draw_lines(lines, ('steps', 'AP'), picture, (with_margin(every_step, 1), with_margin(every_ap, 1e-3)))
         print(f'picture: {picture}')
     if unstable:
-        for name, scores in of_layers.items():
-            print(f'{name}: unstable score of layer 1 to {len(scores)}: {", ".join(f"{x:.1f} %" for x in scores)}')
-        draw_lines({name: (range(1, len(scores) + 1), scores) for name, scores in of_layers.items()},
-                   ('decoder layer', 'unstable score, %'), unstable)
+        for name, (layers, scores, *_) in of_layers.items():
+            print(f'{name}: unstable score of layer 1 to {len(layers)}: {", ".join(f"{x:.1f} %" for x in scores)}')
+        most_layers, highest = (max(map(max, values)) for values in list(zip(*of_layers.values()))[::3])
+        draw_lines(of_layers, ('decoder layer', 'unstable score, %'), unstable,
+                   (with_margin((1, most_layers), 1), (0, max(1e-3, highest))))
         print(f'picture: {unstable}')
 
 
@@ -718,29 +734,55 @@ def published_deformable_attention(value: Tensor, shapes, locations: Tensor, wei
 
 
 class Clock:
-    """A stopwatch: seconds of named stages, round by round. It waits for the GPU, which is still busy when Python goes
-    on."""
+    """A stopwatch for named stages, round by round. On CUDA the GPU itself notes when it gets there: waiting for it
+    after every stage would slow the step that is measured."""
 
     def __init__(self, device: torch.device):
         self.device, self.rounds = device, []
 
-    def now(self) -> float:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def now(self):
+        if self.device.type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def start(self) -> None:
         self.rounds.append({})
         self.last = self.now()
 
     def tick(self, stage: str) -> None:
-        now = self.now()
-        self.rounds[-1][stage] = now - self.last
-        self.last = now
+        self.rounds[-1][stage] = self.last, self.now()
+        self.last = self.rounds[-1][stage][1]
 
     def seconds(self, stages=None) -> list[float]:
         """Of each round but the first, which warms up: the sum of these stages, or of all."""
-        return [sum(value for stage, value in r.items() if not stages or stage in stages) for r in self.rounds[1:]]
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        return [sum(begin.elapsed_time(end) / 1000 if self.device.type == 'cuda' else end - begin
+                    for stage, (begin, end) in r.items() if not stages or stage in stages) for r in self.rounds[1:]]
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside had at one time: on a CPU, where torch keeps no such account. What an
+    operator needs for itself is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.sizes:
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage.data_ptr())
+        return made
+
+    def freed(self, pointer: int) -> None:
+        self.now -= self.sizes.pop(pointer)
 
 
 def spread(values: list[float]) -> str:
@@ -751,22 +793,22 @@ def spread(values: list[float]) -> str:
 class BenchmarkRow:
     """A model in training, and what its steps took.
 
-    given: flags of train.py, and `checkpoint_activations`, or `published` for the released code's way: a mask in
-    self-attention, its deformable attention, its loss and an optimizer that goes parameter by parameter.
+    given: flags of train.py, and `checkpoint_activations`, or `published`, the name of the row that it is compared
+    with, for H-DETR's released way: a mask in self-attention, deformable attention as it is written there in PyTorch,
+    its loss, and an optimizer that is not fused.
     """
 
     def __init__(self, given: dict, num_classes: int, device: torch.device, amp: bool):
         import train   # not at the top: train imports this file
         given = dict(given)
-        checkpointed, self.published = (given.pop(x, False) for x in ('checkpoint_activations', 'published'))
+        checkpointed, self.published = given.pop('checkpoint_activations', False), given.pop('published', None)
         self.settings, self.amp, self.device = train.complete(given), amp, device
         torch.manual_seed(0)
         # Random weights: a pretrained backbone takes as long, and need not be downloaded.
         self.model = HybridDETR(**train.architecture(self.settings, num_classes)).to(device).train()
         self.model.checkpoint_activations = checkpointed
         self.model.backbone.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(train.parameter_groups(self.model, self.settings), foreach=False,
-                                           fused=not self.published)
+        self.optimizer = torch.optim.AdamW(train.parameter_groups(self.model, self.settings), fused=not self.published)
         self.loss_of, self.row = train.loss_of, train.row_of(self.settings)
         self.clock, self.inference, self.memory = Clock(device), Clock(device), 0
 
@@ -791,34 +833,26 @@ class BenchmarkRow:
         return stack
 
     def step(self, batch) -> None:
-        """A training step and an inference. The memory is CUDA's peak above what was there before; on the CPU, which
-        keeps no such account, the bytes that forward keeps for backward."""
-        kept, num_boxes = {}, float(sum(map(len, batch.gt_boxes)))
-
-        def keep(x):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
+        """A training step and an inference. The memory is the peak of a step above what was there before."""
+        num_boxes, on_cuda = float(sum(map(len, batch.gt_boxes))), self.device.type == 'cuda'
         first = not self.clock.rounds   # the round that warms up, and does not count
-        if self.device.type == 'cuda':
+        if on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         self.clock.start()
-        with (torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x) if first and self.device.type == 'cpu' else
-              contextlib.nullcontext()):
-            loss = self.loss(batch, num_boxes)
-        loss.backward()
+        with PeakMemory() if first and not on_cuda else contextlib.nullcontext() as counted:   # which slows the step
+            self.loss(batch, num_boxes).backward()
         self.clock.tick('backward')
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings['clip'])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.tick('optimizer')
-        if self.device.type == 'cuda' and not first:   # the first step makes the optimizer's moments, too
+        if on_cuda and not first:   # the first step makes the optimizer's moments, too
             self.memory = max(self.memory, torch.cuda.max_memory_allocated(self.device) - before)
-        elif self.device.type == 'cpu' and first:
-            own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-            self.memory = sum(size for pointer, size in kept.items() if pointer not in own)
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        elif counted:
+            self.memory = counted.peak
+        with (self.patches(), torch.inference_mode(),
+              torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)):
             self.inference.start()
             self.model.eval()(batch.images, batch.padding_mask)
             self.inference.tick('image')
@@ -848,9 +882,10 @@ def benchmark_rows(kind: str, tiny: bool) -> dict[str, dict]:
             **{scheme: dict(scheme=scheme) for scheme in rows if scheme != 'one2one'},
             'one2one, checkpointed': dict(scheme='one2one', checkpoint_activations=True),
             'branch, checkpointed': dict(scheme='branch', checkpoint_activations=True),
-            'branch, as published': dict(scheme='branch', published=True),
+            'branch, as published': dict(scheme='branch', published='branch'),
             'group, one head': dict(scheme='group', selection='ranks'),   # as published_loss has it
-            'group, as published': dict(scheme='group', selection='ranks', published=True)}
+            # Group DETR's code folds its groups into the batch: this is what a mask over them would cost.
+            'group, masked': dict(scheme='group', selection='ranks', published='group, one head')}
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -900,8 +935,11 @@ def benchmark(args: argparse.Namespace) -> None:
         for row in rows.values():
             row.step(batch)
 
-    stages, steps = ('forward', 'matching', 'loss', 'backward', 'optimizer'), {
-        name: row.clock.seconds() for name, row in rows.items()}
+    stages = 'forward', 'matching', 'loss', 'backward', 'optimizer'
+    steps = {name: row.clock.seconds() for name, row in rows.items()}
+
+    def ratio(name: str, other: str) -> str:
+        return spread([a / b for a, b in zip(steps[name], steps[other])])
     print(f'torch {torch.__version__} on {device}, {torch.get_num_threads()} threads; {args.model}'
           f'{", bfloat16" * amp}; batches of {batch_size} images of {settings["image_size"]} pixels; {args.repeats} '
           f'rounds\n'
@@ -917,12 +955,13 @@ def benchmark(args: argparse.Namespace) -> None:
             spread(steps[name]), *(f'{np.median(row.clock.seconds([stage])):.3g}' if stage in row.clock.rounds[-1] else
                                    'in loss' for stage in stages),
             f'{row.memory / 1e6:.0f}', spread([batch_size / s for s in row.inference.seconds()]),
-            *(spread([a / b for a, b in zip(steps[name], steps[other])]) for other in (first, *alike[:1])),
-            *[''] * (not alike)]) + ' |')
+            ratio(name, first), ratio(name, alike[0]) if alike else '']) + ' |')
     print('step: forward to optimizer, median (fastest-slowest) of the rounds; GFLOPs: forward of an image in training '
-          'without deformable sampling;\nMB: ' + ('peak of a step above what was allocated before it' if device.type ==
-          'cuda' else 'kept by forward for backward') + '; images/s: inference with the first group; epoch: its first '
-          'part; deim: without mosaic, mixup and average')
+          'without deformable sampling;\nMB: peak of a step above what was allocated before it; images/s: inference '
+          'with the first group;\nepoch: its first part; deim: without mosaic, mixup and average')
+    for name, row in rows.items():
+        if row.published in rows:
+            print(f'{name}: {ratio(name, row.published)} times the step of {row.published}')
 
 
 def benchmark_loss(args: argparse.Namespace) -> None:

@@ -142,7 +142,7 @@ class Geometry(NamedTuple):
 def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: Tensor) -> Geometry:
     """padding_mask (B,H,W) bool, the levels' (h,w) and level_embed (V,D) -> what follows from where the padding is."""
     paddings, ratios, positions, centres = [], [], [], []
-    for h, w in shapes:
+    for (h, w), level_code in zip(shapes, level_embed):
         padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()            # (B, h, w)
         valid = ~padding
         valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1).to(level_embed)     # (B, 2)
@@ -150,14 +150,15 @@ def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: T
         # Cells are counted along y and x over the valid part only, so that 0..1 spans the image, not its padding.
         y, x = valid.cumsum(1).to(level_embed), valid.cumsum(2).to(level_embed)                     # (B, h, w) each
         y, x = (y - 0.5) / (y[:, -1:] + 1e-6), (x - 0.5) / (x[:, :, -1:] + 1e-6)
-        positions.append(sine_code(torch.stack([y, x], -1), level_embed.shape[1] // 2).flatten(1, 2))   # (B, h*w, D)
+        cell_code = sine_code(torch.stack([y, x], -1), level_embed.shape[1] // 2)                   # (B, h, w, D)
+        positions.append(cell_code.flatten(1, 2) + level_code)                                      # (B, h*w, D)
         row, column = torch.meshgrid(torch.arange(h, device=valid.device), torch.arange(w, device=valid.device),
                                      indexing='ij')
         centres.append((torch.stack([column, row], -1) + 0.5).flatten(0, 1) / valid_wh[:, None])    # (B, h*w, 2)
         paddings.append(padding.flatten(1))
     level = torch.cat([torch.full((h * w,), v, device=padding_mask.device) for v, (h, w) in enumerate(shapes)])
-    return Geometry(shapes, torch.cat(paddings, 1), torch.stack(ratios, 1),
-                    torch.cat(positions, 1) + level_embed[level], torch.cat(centres, 1), level)
+    return Geometry(shapes, torch.cat(paddings, 1), torch.stack(ratios, 1), torch.cat(positions, 1),
+                    torch.cat(centres, 1), level)
 
 
 def initial_boxes(where: Geometry) -> Tensor:
@@ -306,7 +307,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Each token looks at a few others of all levels, then thinks by itself."""
+    """Each token looks at a few others of all levels, then passes the feed-forward layers alone."""
 
     def __init__(self, width, heads, levels, points, ffn, dropout):
         super().__init__()
@@ -320,7 +321,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Each query talks to its group, looks at the image, then thinks by itself."""
+    """Each query talks to its group, looks at the image, then passes the feed-forward layers alone."""
 
     def __init__(self, width, heads, levels, points, ffn, dropout):
         super().__init__()
@@ -387,8 +388,8 @@ class HybridDETR(nn.Module):
         # How many maps each projection of the memory fusion joins.
         joined = {'none': (), 'simple': (2,), 'ulike': (2,) * math.ceil(encoder_layers / 2),
                   'dense': (encoder_layers + 1,)}
-        self.fusions = nn.ModuleList(nn.Sequential(nn.Linear(n * width, width), nn.LayerNorm(width))
-                                     for n in joined[fusion])
+        self.fusions = nn.ModuleList(nn.Sequential(nn.Linear(maps * width, width), nn.LayerNorm(width))
+                                     for maps in joined[fusion])
         self.decoder = clones(DecoderLayer(width, heads, levels, points, ffn, dropout), decoder_layers)
         self.proposal_proj = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
         self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
@@ -492,22 +493,22 @@ class HybridDETR(nn.Module):
     def encode(self, tokens: Tensor, where: Geometry) -> Tensor:
         """The encoder, and the memory fusion of Stable-DINO §3: (B,S,D) -> (B,S,D).
 
-        The backbone's tokens F_0 and the outputs F_1..F_n of the n encoder layers are joined along their features and
+        The backbone's tokens F_0 and the outputs F_1..F_last of the encoder layers are joined along their features and
         projected back (linear and norm, App. B), so that pretrained features reach the decoder from the first step on:
-        simple  [F_n, F_0]
-        ulike   F_0 joins the output of layer n, F_1 that of layer n-1, and so on inwards (Fig. 4c)
-        dense   [F_0, F_1, ..., F_n], the paper's default
-        ulike is a reading: the figure draws four layers, and the released code has none. With n = 2 it is simple.
+        simple  [F_last, F_0]
+        ulike   F_0 joins the output of the last layer, F_1 that of the one before, and so on inwards (Fig. 4c)
+        dense   [F_0, F_1, ..., F_last], the paper's default
+        ulike is a reading: the figure draws four layers, and the released code has none. With two layers it is simple.
         """
         reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
-        outputs, n = [tokens], len(self.encoder)
+        outputs, last = [tokens], len(self.encoder)
         for l, layer in enumerate(self.encoder, 1):
             tokens = self.run(layer, tokens, where.position, reference, where.shapes, where.padding)
-            if self.fusion == 'ulike' and 2 * l > n:   # the second half
-                tokens = self.fusions[n - l](torch.cat([tokens, outputs[n - l]], -1))
+            if self.fusion == 'ulike' and 2 * l > last:   # the second half
+                tokens = self.fusions[last - l](torch.cat([tokens, outputs[last - l]], -1))
             outputs.append(tokens)
         if self.fusion == 'simple':
-            tokens = self.fusions[0](torch.cat([outputs[n], outputs[0]], -1))
+            tokens = self.fusions[0](torch.cat([outputs[last], outputs[0]], -1))
         if self.fusion == 'dense':
             tokens = self.fusions[0](torch.cat(outputs, -1))
         return tokens
@@ -522,7 +523,9 @@ class HybridDETR(nn.Module):
         """
         initial = initial_boxes(where)                                                                  # (B, S, 4)
         features = self.proposal_proj(tokens.masked_fill(initial[..., :1].isinf(), 0.0))                # (B, S, D)
-        logits = torch.stack([head(features) for head in self.encoder_class_heads[:groups]], 1)
+        with torch.autocast(tokens.device.type, enabled=False):   # in bfloat16 many scores tie, and chance would rank
+            exact = features.to(torch.promote_types(features.dtype, torch.float32))
+            logits = torch.stack([head(exact) for head in self.encoder_class_heads[:groups]], 1)
         box_logits = torch.stack([head(features) for head in self.encoder_box_heads[:groups]], 1) + initial[:, None]
         return logits, box_logits
 

@@ -5,7 +5,7 @@ copies, G groups. Every classification loss but ce is, for a query and a class w
 
     weight * BCE(p, t) = weight * (-t log p - (1-t) log(1-p))
 
-where s is the IoU of a matched query with its ground truth:
+In the table s is the IoU of a matched query with its ground truth:
 
     loss     source                matched: t and weight       not matched: t = 0 and weight    a match at IoU 0
     ce       DETR                  softmax: -log p             0.1: -0.1 log p(no object)       counts in full
@@ -45,7 +45,7 @@ What divides the sum over queries, classes and images, where n_box is the number
                                                                                                group, labels all 0
     denoising groups         unsaid                        groups * n_box, class weight 1 in   groups * n_box, the same
                                                            Stable-DINO                         class weight
-    background               the same divisor as the matches of its group
+    background               the same divisor as the matches of its group; of a layer without copies n_box
     ce                       unsaid (DETR)                 sum of the weights of all queries   the same, of each group
 
 This file needs torch and torchvision only, and can be copied alone. `python losses.py` prints what each loss makes of
@@ -91,10 +91,10 @@ MATCHED = {
     # and fewer objects change their query between layers (Fig. 3). The factor is differentiated, as in the code.
     'stable': lambda p, s, how: (s, (s - p) ** 2 * (0.25 if how.official else 1.0))}
 
-# Scores p of all other entries -> constant and weight of BCE(p, 0); the constant is applied after the sum. Focal:
-# background that is known hardly counts.
+# Scores p of all other entries -> constant and weight of BCE(p, 0); the constant is applied after the sum.
 BACKGROUND = {
     'bce': lambda p, how: (1.0, 1.0),
+    # Background whose score is low already hardly counts: most of it.
     'focal': lambda p, how: (0.75, p ** 2),
     'vfl': lambda p, how: (0.75, (p.detach() if how.official else p) ** 2),
     'mal': lambda p, how: (1.0, (p.detach() if how.official else p) ** how.mal_gamma),
@@ -133,8 +133,8 @@ def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Te
 
 # Stable-DINO Table 7: what a matched query's score is supervised with; s its IoU, p its score. Beside it the paper's AP
 # (class weight 10, no cost of Eq. 4, no fusion, NMS; 49.2 with target 1). With p in it a confident match with a bad box
-# is encouraged, too: the conflict that IoU alone resolves (§2.4.1, §4.4). Here that shows with rescale 'none' only,
-# since the rescale would divide a p that all pairs share.
+# is encouraged, too: the conflict that IoU alone resolves (§2.4.1, §4.4). Without a rescale scores can also die out,
+# since low ones ask for lower ones; the paper leaves open whether its rows have one.
 F1 = {'s0.5': lambda s, p: s ** 0.5,                         # 49.3
       's1': lambda s, p: s,                                  # 49.4
       's2': lambda s, p: s ** 2,                             # 49.6, the paper's choice
@@ -149,14 +149,14 @@ F1 = {'s0.5': lambda s, p: s ** 0.5,                         # 49.3
 def stable_target(iou: Tensor, score: Tensor, owner: Tensor, wanted: Tensor | None, f1: str = 's2') -> Tensor:
     """f1(s) of Stable-DINO Eq. 3 for P pairs: iou, score (P,) -> (P,), no gradient.
 
-    Early in training all IoUs are small, and so would all targets be. The rescale (§2.2) multiplies the pairs of an
-    owner, i.e. of an image in one layer and group (all denoising queries are one), so that the largest of them, however
-    bad its box, becomes
+    Early in training all IoUs are small, and so would all targets be. The rescale (§2.2) multiplies the targets
+    of an owner's pairs by one factor, so that the largest of them, however bad its box, becomes as below. An owner is
+    an image in one layer and group (all denoising queries are one).
         'one'      1: better with 300 queries, and what the official code does with 900, too;
         'max-iou'  the largest IoU of any query of the owner with any ground truth (`largest_iou`): better with 900.
                    Where f1(s) > s, this scales down.
-    wanted: that number for each owner, None without a rescale; owner (P,) int64: index into it. Pairs that all have
-    IoU 0 keep target 0.
+    wanted: what it becomes, for each owner, or None without a rescale; owner (P,) int64: index into it. Pairs that all
+    have IoU 0 keep target 0.
     """
     target = F1[f1](iou, score).detach()
     if wanted is None:
@@ -203,14 +203,14 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
     logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))   # half is too coarse
     (L, B, N, _), (layer, image, query, gt) = logits.shape, matches
     sizes = [group.queries for group in groups]
-    # The divisors of the table above: weight / (K * n_box) of each layer and query. (With output_size, and from the CPU
-    # with non_blocking, nothing here waits for the GPU.)
+    # What the loss of each layer and query is multiplied by: weight / divisor, with the divisors of the table above.
+    # (With output_size, and from the CPU with non_blocking, nothing here waits for the GPU.)
     repeats = torch.tensor(sizes).to(logits.device, non_blocking=True)
     group_of = torch.arange(len(groups), device=logits.device).repeat_interleave(repeats, output_size=N)     # (N,)
     table = torch.tensor([[group.weight, *group.copies] for group in groups], dtype=boxes.dtype).T
     table = table.to(boxes.device, non_blocking=True)
     weight, copies = table[0], table[1:]                                                                # (G,), (L, G)
-    scale = (weight / (copies * num_boxes).clamp(min=1.0))[:, group_of]                                 # (L, N)
+    scale = (weight / (copies.clamp(min=1) * num_boxes).clamp(min=1.0))[:, group_of]                    # (L, N)
 
     pair, pair_scale = (layer, image, query), scale[layer, query]
     pred, target = boxes[pair], torch.cat(list(gt_boxes))[gt]                                           # (P, 4) each

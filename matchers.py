@@ -39,8 +39,8 @@ that query 0..5 has to find, a dot is "nothing here" (`python matchers.py` print
     one2many  n=6 K=2        6            A B B A . .          A B B A . .         A B B A . .
 
 `epoch` changes with the time and `layer` with the depth, `branch` and `group` never: their extra positives live in
-queries of their own. There q4 and q5 are positives, bad as they are, since each group has to find all objects by
-itself.
+queries of their own. In `branch` and `group`, q4 and q5 are positives, bad as they are, since each group has to find
+all objects by itself.
 
 Papers: H-DETR = "DETRs with Hybrid Matching"; Group DETR = "Group DETR: Fast DETR Training with Group-Wise
 One-to-Many Assignment". This file needs torch, scipy and torchvision only, and can be copied alone.
@@ -73,7 +73,9 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
     Then one query for each object is rewarded, and a second one is background. A new scheme is a new row.
 
     n: queries of the first group; T, K, weight (lambda in the paper): queries, copies and loss weight of the
-    one-to-many part; rho, L1: the part of training and the number of first layers that are one-to-many; G: groups.
+    one-to-many part; rho, L1: the part of training (progress < rho) and the number of first layers that are
+    one-to-many; G: groups. The schemes are those of the toy above. The second group of branch has proposal_copies K + 1
+    (the detector's copy and its own, see `encoder_groups`). Groups without queries are left out.
     Raises ValueError for a scheme that is not in the table.
     """
     one, many = (1,) * layers, (K,) * layers
@@ -187,7 +189,7 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
     for image, cost in enumerate(costs):
         first_query = 0
         for group in groups:
-            rows = cost[:, first_query:first_query + group.queries]
+            rows = cost[:, first_query:first_query + group.queries]   # of denoising queries empty: they have no cost
             for layer, copies in enumerate(group.copies):
                 query_idx, gt_idx = (known_pairs(group.queries, copies, cost.shape[2]) if group.denoising else
                                      one_to_many(rows[layer], copies))   # (P,) each, of this image, layer and group
@@ -252,7 +254,8 @@ def known_pairs(queries: int, groups: int, M: int) -> tuple[Tensor, Tensor]:
 
 
 def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
-    """The encoder's proposals as a row of one layer: each of the E heads, 1 or one a group, is a group of all S tokens.
+    """The encoder's proposals as a row of one layer. There is E = 1 head for all groups, or one for each; each head's
+    scores of all S tokens form a group of this row.
 
     One head is matched one-to-one (official code of H-DETR). A head for each group is matched one-to-one, too (Group
     DETR A.2), but that of H-DETR's one-to-many group with K+1 copies (App. D), and weighs as much as its group.

@@ -79,7 +79,7 @@ PRESETS = {'stable': dict(cls_loss='stable', cost='stable', fusion='dense', deno
 class Machine(NamedTuple):
     """Where and how a run computes: what is no setting of the training."""
     device: torch.device
-    amp: bool | None   # None: as `must_stay` decides
+    amp: bool | None   # None: bfloat16 where it is fast, or as the resumed run had it
     workers: int
     checkpoint_activations: bool
     rank: int
@@ -131,7 +131,8 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
                 metrics['unstable'] = evaluation.unstable_score(evaluated, val_set, categories['ids'],
                                                                 settings['unstable'], evaluation.cost_of(settings))
             journal.write({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
-            told += f', last unstable score {metrics["unstable"][-1]:.0f} %' if metrics.get('unstable') else ''
+            if metrics.get('unstable'):
+                told += f', unstable score of the last layer {metrics["unstable"][-1]:.0f} %'
             tqdm.write('step {}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates{}'
                        .format(done, told, **metrics))
 
@@ -153,7 +154,8 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
     for step in bar:
         progress, done = step / steps, step + 1
         # Everything that changes with time follows from `step` alone (learning rate, order of the images, dropout):
-        # nothing of it has to be saved, and a resumed run is equal to the bit.
+        # nothing of it has to be saved, and a resumed run is equal to the bit (on a CPU: CUDA adds up the
+        # gradients of deformable attention in any order).
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
         torch.manual_seed((settings['seed'] * steps + step) * world + rank)
@@ -243,7 +245,7 @@ def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, n
             outputs = parallel(batch.images, batch.padding_mask, noised=noised)
     except ValueError as error:   # too few tokens for the queries; all images of a batch have one size
         raise UserError(f'{batch.names[0]}: {error}') from None
-    outputs = Outputs(*(x.float() for x in outputs))   # a bfloat16 box is good to 1/256 of the image
+    outputs = Outputs(*(x.float() for x in outputs))   # the decoder's logits are bfloat16; boxes never are
     tick('forward')
     proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
     try:
@@ -278,13 +280,13 @@ def matching_stats(outputs, matches, labels, iou, queries, softmax: bool = False
 
 
 def lr_factor(settings: dict, progress: float) -> float:
-    """What the learning rate is multiplied by at `progress` 0..1; follows from the step alone, so nothing to save."""
+    """What the learning rate is multiplied by at `progress` 0..1 of training."""
     if progress < settings['warmup']:
         if settings['schedule'] == 'flat-cosine':
             return (progress / settings['warmup']) ** 2   # its first step does nothing, as in DEIM's code
         return (progress + 1e-3) / (settings['warmup'] + 1e-3)
-    if settings['schedule'] == 'step':   # epoch 11 of 12; the papers' longer runs drop it at about the same part
-        return 1.0 if progress < 11 / 12 else 0.1
+    if settings['schedule'] == 'step':   # after epoch 11 of 12, 20 of 24 and 30 of 36 (official codes)
+        return 1.0 if progress < (11 / 12 if settings.get('epochs', 12) <= 12 else 5 / 6) else 0.1
     if settings['schedule'] == 'flat-cosine':
         return flat_cosine(progress)
     return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)))
@@ -448,18 +450,18 @@ def model_and_optimizer(settings: dict, folder: Path, checkpoint: dict | None, n
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
+    model.backbone.to(memory_format=torch.channels_last)
     average, start = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None, 0
     if checkpoint:
         try:
             start = restore(checkpoint, model, average, optimizer)
         except Exception as error:   # somebody's file: anything may be in it
             raise damaged(folder, error) from None
-    model.backbone.to(memory_format=torch.channels_last)
     return model, average, optimizer, start
 
 
 def must_stay(checkpoint: dict | None, folder: Path, categories: dict, machine: Machine, images: int) -> dict:
-    """What is no setting but would change a resumed run. Raises UserError if it is not as it was."""
+    """What is no setting but has to stay in a resumed run. Raises UserError if it is not as it was."""
     if checkpoint and checkpoint['categories'] != categories:
         before, now = checkpoint['categories']['names'], categories['names']
         raise UserError(f'the run in {folder} has {len(before)} classes ({", ".join(before[:4])}..), but the data has '
@@ -730,7 +732,7 @@ def parse(argv: list[str] | None = None) -> dict:
     add('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
     add('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
     add('--schedule', choices=CHOICES['schedule'],
-        help='step: x0.1 for the last twelfth; cosine: down to 0 (tiny); flat-cosine: constant, then down to one half '
+        help='step: x0.1 for the last twelfth, of more than 12 epochs for the last sixth; cosine: down to 0 '
              '(DEIM)')
     add('--warmup', type=float,
         help='part of training in which the rate rises (tiny 0.05, else 0, with flat-cosine 0.005)')
