@@ -2803,7 +2803,7 @@ class TestCommands(unittest.TestCase):
         self.assertNotEqual(records['bfloat16']['loss'], records['plain']['loss'])
 
     def test_benchmark(self):
-        for kind, *flags in (('schemes', '--rows', 'n = 200,published'), ('queries', '--rows', 'T = 50'), ('loss',)):
+        for kind, *flags in (('schemes', '--rows', 'n = 200,branch'), ('queries', '--rows', 'T = 50'), ('loss',)):
             flags += ['--batch-size', '1', '--workers', '0'] if flags else []
             with quiet() as printed:
                 evaluation.main(['--benchmark', kind, '--repeats', '1', '--device', 'cpu', *flags])
@@ -2814,11 +2814,12 @@ class TestCommands(unittest.TestCase):
             else:
                 table = [line for line in lines if line.startswith('|')]
                 self.assertEqual({line.count('|') for line in table}, {14}, 'cells of every line')
-                self.assertEqual(len(table), 2 + (4 if kind == 'schemes' else 2))
+                self.assertEqual(len(table), 2 + (5 if kind == 'schemes' else 2))
+                self.assertEqual('times the step of branch' in lines[-1], kind == 'schemes')
         with quiet():
             rows = [evaluation.BenchmarkRow({'model': 'tiny', 'data': 'shapes', **given}, 6, torch.device('cpu'), False)
                     for given in (dict(scheme='one2one'), dict(scheme='stable'), dict(scheme='branch'),
-                                  dict(scheme='branch', published=True))]
+                                  dict(scheme='branch', published='branch'))]
             batch = data.collate([data.ShapesDataset('train', 1, 128, 0)[0, 0]])
             one, stable, branch, published = (row.gflops(batch) for row in rows)
         self.assertTrue(one < branch < published and one < stable, 'denoising queries and the mask cost something')
