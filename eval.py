@@ -918,7 +918,7 @@ def benchmark(args: argparse.Namespace) -> None:
         raise UserError(f'--model {args.model}: {error}') from None
 
     # Loading alone, without a model that takes the cores: a step waits for it if it is slower than the step.
-    alone, loading = Clock(device), Clock(device)
+    alone, loading = Clock(torch.device('cpu')), Clock(torch.device('cpu'))
     for index in range(200 if args.model == 'tiny' else 20):
         alone.start()
         dataset[0, index % len(dataset)]
@@ -935,27 +935,34 @@ def benchmark(args: argparse.Namespace) -> None:
         for row in rows.values():
             row.step(batch)
 
-    stages = 'forward', 'matching', 'loss', 'backward', 'optimizer'
-    steps = {name: row.clock.seconds() for name, row in rows.items()}
-
-    def ratio(name: str, other: str) -> str:
-        return spread([a / b for a, b in zip(steps[name], steps[other])])
     print(f'torch {torch.__version__} on {device}, {torch.get_num_threads()} threads; {args.model}'
           f'{", bfloat16" * amp}; batches of {batch_size} images of {settings["image_size"]} pixels; {args.repeats} '
           f'rounds\n'
           f'data: {args.workers} workers load a batch in {np.mean(loading.seconds()):.3g} s, with nothing beside them; '
-          f'one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s\n'
-          f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | '
-          f'against {first} | against one2one with as many queries |\n|{"---|" * (8 + len(stages))}')
+          f'one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s')
+    print_rows(rows, batch)
+
+
+def print_rows(rows: dict[str, BenchmarkRow], batch) -> None:
+    """The table of the benchmark, and how a row of the released way compares with the same scheme here."""
+    first, stages = next(iter(rows)), ('forward', 'matching', 'loss', 'backward', 'optimizer')
+    steps = {name: row.clock.seconds() for name, row in rows.items()}
+
+    def ratio(name: str, other: str) -> str:   # within each round
+        return spread([a / b for a, b in zip(steps[name], steps[other])])
+
+    print(f'| | M parameters | GFLOPs | step, s | {" | ".join(stages)} | MB | images/s | against {first} | '
+          f'against one2one with as many queries |\n|{"---|" * (8 + len(stages))}')
     for name, row in rows.items():
+        parameters = sum(p.numel() for p in row.model.parameters()) / 1e6
+        of_stages = [f'{np.median(row.clock.seconds([stage])):.3g}' if stage in row.clock.rounds[-1] else 'in loss'
+                     for stage in stages]
+        images = [len(batch.images) / seconds for seconds in row.inference.seconds()]
         alike = [other for other in rows if other.startswith('one2one')
                  and sum(rows[other].model.groups) == sum(row.model.groups)]
-        print('| ' + ' | '.join([
-            name, f'{sum(p.numel() for p in row.model.parameters()) / 1e6:.1f}', f'{row.gflops(batch):.1f}',
-            spread(steps[name]), *(f'{np.median(row.clock.seconds([stage])):.3g}' if stage in row.clock.rounds[-1] else
-                                   'in loss' for stage in stages),
-            f'{row.memory / 1e6:.0f}', spread([batch_size / s for s in row.inference.seconds()]),
-            ratio(name, first), ratio(name, alike[0]) if alike else '']) + ' |')
+        cells = [name, f'{parameters:.1f}', f'{row.gflops(batch):.1f}', spread(steps[name]), *of_stages,
+                 f'{row.memory / 1e6:.0f}', spread(images), ratio(name, first), ratio(name, alike[0]) if alike else '']
+        print(f'| {" | ".join(cells)} |')
     print('step: forward to optimizer, median (fastest-slowest) of the rounds; GFLOPs: forward of an image in training '
           'without deformable sampling;\nMB: peak of a step above what was allocated before it; images/s: inference '
           'with the first group;\nepoch: its first part; deim: without mosaic, mixup and average')

@@ -183,8 +183,9 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
     """Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
 
     value (B,S,heads,d), locations (B,N,heads,V,P,2) as x, y in 0..1, weights (B,N,heads,V,P) -> (B,N,heads*d).
-    Outside a level the value is 0. Of the pure PyTorch forms, one `grid_sample` per level is the best all-round. On a
-    CPU, forward + backward in ms, and MB kept for backward:      encoder of tiny, 16 images    of the paper, 800 x 800
+    Outside a level the value is 0. Of the forms in PyTorch, one `grid_sample` per level is best for tiny, and near the
+    best at the paper's size. On two CPU cores, forward + backward in ms, and MB kept for backward:
+                                                              encoder of tiny, 16 images    of the paper, 800 x 800
         grid_sample per level                                       9 + 17 ms     30 MB          211 + 464 ms    252 MB
         one gather over all levels                                 32 + 41 ms    126 MB          374 + 541 ms   1048 MB
         embedding_bag                                              15 + 37 ms     27 MB          128 + 490 ms    180 MB
