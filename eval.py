@@ -772,13 +772,15 @@ class PeakMemory(TorchDispatchMode):
         self.sizes, self.now, self.peak = {}, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.sizes:
-                self.sizes[storage.data_ptr()] = storage.nbytes()
+        for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, Tensor)):
+            pointer = storage.data_ptr()
+            if pointer not in self.sizes and pointer not in given:   # not a view of what was there before
+                self.sizes[pointer] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.freed, storage.data_ptr())
+                weakref.finalize(storage, self.freed, pointer)
         return made
 
     def freed(self, pointer: int) -> None:
@@ -839,9 +841,15 @@ class BenchmarkRow:
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
+        elif first:   # in a step of its own, which counting slows
+            self.clock.start()
+            with PeakMemory() as counted:
+                self.loss(batch, num_boxes).backward()
+            self.memory = counted.peak
+            self.optimizer.zero_grad(set_to_none=True)
+            self.clock.rounds.clear()
         self.clock.start()
-        with PeakMemory() if first and not on_cuda else contextlib.nullcontext() as counted:   # which slows the step
-            self.loss(batch, num_boxes).backward()
+        self.loss(batch, num_boxes).backward()
         self.clock.tick('backward')
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings['clip'])
         self.optimizer.step()
@@ -849,8 +857,6 @@ class BenchmarkRow:
         self.clock.tick('optimizer')
         if on_cuda and not first:   # the first step makes the optimizer's moments, too
             self.memory = max(self.memory, torch.cuda.max_memory_allocated(self.device) - before)
-        elif counted:
-            self.memory = counted.peak
         with (self.patches(), torch.inference_mode(),
               torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)):
             self.inference.start()
@@ -958,7 +964,7 @@ def print_rows(rows: dict[str, BenchmarkRow], batch) -> None:
         of_stages = [f'{np.median(row.clock.seconds([stage])):.3g}' if stage in row.clock.rounds[-1] else 'in loss'
                      for stage in stages]
         images = [len(batch.images) / seconds for seconds in row.inference.seconds()]
-        alike = [other for other in rows if other.startswith('one2one')
+        alike = [other for other in rows if other.startswith('one2one') and not row.settings['denoising']
                  and sum(rows[other].model.groups) == sum(row.model.groups)]
         cells = [name, f'{parameters:.1f}', f'{row.gflops(batch):.1f}', spread(steps[name]), *of_stages,
                  f'{row.memory / 1e6:.0f}', spread(images), ratio(name, first), ratio(name, alike[0]) if alike else '']
