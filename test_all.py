@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -3438,6 +3439,8 @@ class TestKilled(unittest.TestCase):
         part, checkpoint, metrics = (out / name for name in ('checkpoint.part', 'checkpoint.pt', 'metrics.jsonl'))
         for kill in range(kills):
             part.unlink(missing_ok=True)
+            if not checkpoint.exists():   # killed before the first one: what is there, a new run refuses
+                shutil.rmtree(out, ignore_errors=True)
             process = self.start(*(('--resume', str(out), '--workers', '0') if checkpoint.exists() else
                                    (*self.flags, '--out', str(out))))
             started, wait = time.monotonic(), rng.uniform(4, 16)
