@@ -1,17 +1,17 @@
 """Images and boxes in: a shapes data set made on the fly, and any folder in the COCO layout.
 
     B images of a batch, M boxes of one image, C classes. Boxes are (cx, cy, w, h) as fractions of the image without its
-    padding, unless the name says xyxy (corners in pixels). Labels are 0..C-1, whatever the ids in the file.
+    padding; boxes_xyxy, and those of a `target` (what `load` gives and transforms change), are (x0, y0, x1, y1) in
+    pixels. Labels are 0..C-1, whatever the ids in the file.
 
 A data set here has `categories`, `coco_json()` for the evaluation, and items `dataset[epoch, index]`: everything random
 about an item follows from (seed, epoch, index) alone, so it is the same in every process and after a resumed run.
-All but DenseOneToOne also have `load(index)`, the image as stored, of which it puts several into one.
+All but DenseOneToOne, whose items have a third index, also have `load(index)`: the image as stored, for its mosaics.
 """
 import json
 import math
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -28,8 +28,8 @@ from torchvision.transforms import v2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# The part of the training in which DenseOneToOne acts. Official code (ShihuaHuang95/DEIM): epochs 4 to 34 of 60 for
-# RT-DETRv2; neither the start nor the end, where the model has to meet images such as it will be asked about.
+# The part of the training in which DenseOneToOne acts: epochs 4 to 34 of 60, as for RT-DETRv2 in the official code
+# (ShihuaHuang95/DEIM). Afterwards the model trains on images such as it will be asked about.
 DENSE = (4 / 60, 34 / 60)
 
 
@@ -82,8 +82,8 @@ def collate(samples: list[Sample]) -> Batch:
         _, h, w = sample.image.shape
         image[:, :h, :w] = sample.image
         mask[:h, :w] = False
-    return Batch(images, padding_mask, [s.labels for s in samples], [s.boxes for s in samples],
-                 [s.image_id for s in samples], [s.size for s in samples], [s.name for s in samples])
+    _, *lists = map(list, zip(*samples))   # Batch has the other fields of Sample in the same order
+    return Batch(images, padding_mask, *lists)
 
 
 # --- Shapes, made on the fly ----------------------------------------------------------------------------------------
@@ -92,13 +92,16 @@ SHAPES = ('disc', 'ring', 'box', 'frame', 'triangle', 'cross')
 
 
 def shape_mask(label: int, w: int, h: int) -> np.ndarray:
-    """The pixels of a shape that touches all four sides of its (h, w) box: bool (h, w)."""
-    x = (2 * np.arange(w) + 1) / w - 1          # pixel centres, -1..1
-    y = (2 * np.arange(h)[:, None] + 1) / h - 1
-    square = x * x + y * y
+    """The pixels of a shape that touches all four sides of its (h, w) box, from 5 x 5 on: bool (h, w)."""
+    x = (2 * np.arange(w) + 1) / w - 1            # (w,)    pixel centres, -1..1
+    y = (2 * np.arange(h)[:, None] + 1) / h - 1   # (h, 1)
+    square = x * x + y * y                        # (h, w)
+    # Of the triangle, half the width at the lower edge of each row of pixels: 1 / h at the top, 1 at the bottom. At
+    # least 1 / w, or the top row of a box of even width might stay empty; 1.01 for rounding.
+    half = np.maximum((y + 1) / 2 + 0.5 / h, 1.01 / w)   # (h, 1)
     return {'disc': square <= 1, 'ring': (square <= 1) & (square >= 0.3), 'box': square >= 0,
             'frame': (np.abs(x) >= 0.55) | (np.abs(y) >= 0.55),
-            'triangle': np.abs(x) <= np.maximum((y + 1) / 2 + 0.5 / h, 1.01 / w),   # a tip of a pixel touches its box
+            'triangle': np.abs(x) <= half,
             'cross': (np.abs(x) <= 0.34) | (np.abs(y) <= 0.34)}[SHAPES[label]]
 
 
@@ -111,12 +114,12 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
     frozen RandomState and exact arithmetic.
     """
     rng = np.random.RandomState([seed, index])
-    uniform = iter(rng.random_sample(1200)).__next__   # one draw for all: more than an image can need
+    uniform = iter(rng.random_sample(1200).tolist()).__next__   # at most 699 are used; one call a number is slower
 
     def between(low, high):   # integer, both ends included
         return low + int(uniform() * (high - low + 1))
 
-    # Background: two scales of texture in the middle greys, then bars.
+    # Background: two scales of coloured texture, 70..188 in each channel, then bars of any colour.
     cell = math.ceil(size / 4)
     coarse = rng.randint(70, 150, (4, 4, 3), np.int32).repeat(cell, 0).repeat(cell, 1)[:size, :size]
     fine = rng.randint(0, 40, (size // 8 + 1, size // 8 + 1, 3), np.int32).repeat(8, 0).repeat(8, 1)[:size, :size]
@@ -127,9 +130,9 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
         x, y = between(0, size - w), between(0, size - h)
         image[y:y + h, x:x + w] = [between(0, 255) for _ in range(3)]
 
-    low, high = size * 10 // 128, size * 56 // 128
+    low, high = size * 10 // 128, size * 56 // 128   # of the mean side in pixels; each side is 0.75..1.25 of it
     placed = []                                                                              # (x0, y0, x1, y1, label)
-    wanted = 1 + int(12 * uniform() * (0.4 + 0.6 * uniform()))
+    wanted = 1 + int(12 * uniform() * (0.4 + 0.6 * uniform()))   # 1..12, few more often than many
     for _ in range(6 * wanted):
         if len(placed) == wanted:
             break
@@ -147,6 +150,7 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
             x, y = between(0, size - w), between(0, size - h)
         if not (0 <= x <= size - w and 0 <= y <= size - h):
             continue
+        # For each earlier object: the area it shares with the new one, and the area of the smaller of both.
         overlaps = ((max(0, min(x + w, b[2]) - max(x, b[0])) * max(0, min(y + h, b[3]) - max(y, b[1])),
                      min(w * h, (b[2] - b[0]) * (b[3] - b[1]))) for b in placed)
         if all(overlap <= 0.4 * smaller for overlap, smaller in overlaps):
@@ -154,7 +158,7 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
 
     placed.sort(key=lambda b: -(b[2] - b[0]) * (b[3] - b[1]))   # large first: nothing small is hidden
     for x0, y0, x1, y1, label in placed:
-        # Far from the background in each channel, but not tied to the class.
+        # Darker or lighter than the texture in each channel, but not tied to the class.
         colour = [between(0, 60) if uniform() < 0.5 else between(195, 255) for _ in range(3)]
         image[y0:y1, x0:x1][shape_mask(label, x1 - x0, y1 - y0)] = colour
     noise = np.frombuffer(rng.bytes(size * size * 3), np.uint8).reshape(size, size, 3) >> 3
@@ -180,7 +184,7 @@ class ShapesDataset(Dataset):
         return Image.fromarray(image), target, index, f'shapes/{self.split}/{index}'
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        _, index = key
+        _, index = key   # the same in every epoch: images that never run out need no augmentation
         image, target, image_id, name = self.load(index)
         boxes = box_convert(target['boxes'].as_subclass(Tensor) / self.size, 'xyxy', 'cxcywh')
         return Sample(normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes, image_id,
@@ -210,15 +214,15 @@ def normalise(image: Tensor) -> Tensor:
 
 def pixel_target(boxes_xyxy: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> dict:
     """Boxes (M,4) in pixels and labels (M,) of an image of size (height, width), as torchvision's transforms want."""
-    boxes = torch.from_numpy(boxes_xyxy).float().reshape(-1, 4)
+    boxes = torch.from_numpy(boxes_xyxy).float()
     return {'boxes': tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
             'labels': torch.from_numpy(labels)}
 
 
 def transformed(transforms, seed: int, image: Image.Image, target: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """The first three fields of a Sample; chance follows from `seed` alone and leaves the process's generator alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """The first three fields of a Sample. What is random follows from `seed` alone, and no generator is moved by it."""
+    with torch.random.fork_rng(devices=[]):   # of the CPU only, from which all transforms draw
+        torch.default_generator.manual_seed(seed)   # not torch.manual_seed, which seeds the GPUs, too
         image, target = transforms(image, target)
     boxes = box_convert(target['boxes'].as_subclass(Tensor), 'xyxy', 'cxcywh')
     boxes = boxes / torch.tensor([image.width, image.height] * 2)
@@ -242,37 +246,37 @@ class RandomSizeCrop:
 
 
 def resize_to(size: int) -> v2.Resize:
-    """A short side of `size`, less where the long side would get too long."""
+    """A short side of `size`, less where the long side would exceed 1333 / 800 of that (DETR's limits)."""
     return v2.Resize(size, max_size=round(size * 1333 / 800))
 
 
 def flips_and_colours(size: int, vertical_flip: bool) -> list:
     """The flips of every training, and changed colours for small images: see `train_transforms`."""
-    return [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if vertical_flip else []),
-            *([v2.RandomPhotometricDistort()] if size < 480 else [])]
+    return ([v2.RandomHorizontalFlip()] + [v2.RandomVerticalFlip()] * vertical_flip
+            + [v2.RandomPhotometricDistort()] * (size < 480))
 
 
-# A box on the border may end 1e-5 outside, and would be removed instead of clamped.
-TIDY_BOXES = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
+# Cut boxes at the border, then remove those with a side below 1 pixel, and their labels. Without the clamp, one that
+# ends 1e-5 outside by rounding would be removed, too.
+TIDY_BOXES = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
 def train_transforms(size: int, vertical_flip: bool = False):
-    """Augmentation with a short side of at most `size`: the papers' from 480 on, a light one for small images.
+    """DETR's augmentation (and H-DETR's) for a largest short side of `size` pixels; theirs is 800.
 
-    DETR's (size 800): flip, then a short side of 480..800 and a long side of at most 1333, half the time after a crop
-    of 384..600 from a short side of 400..600; every number shrinks with `size`. Small images keep more of their pixels
-    and get changed colours, since a model from scratch has not seen a million photographs before.
+    Flip, then a short side of 480..800 and a long side of at most 1333, half the time after a crop of 384..600 from a
+    short side of 400, 500 or 600; every number shrinks with `size`. Our own, for a `size` below 480: no short side
+    below 640 / 800 of it, so that objects keep more pixels, and changed colours, since a small model mostly starts from
+    scratch and has not seen a million photographs before.
     """
-    def part(n):
+    def scaled(n):   # a number of DETR's -> pixels here
         return max(1, round(n * size / 800))
     sides = range(640 if size < 480 else 480, 801, 32)
-    resize = v2.RandomChoice([v2.Resize(part(side), max_size=part(1333)) for side in sides])
-    shrink = v2.RandomChoice([v2.Resize(part(side)) for side in (400, 500, 600)])
-    cropped = v2.Compose([shrink, RandomSizeCrop(part(384), part(600)), resize])
+    # Not v2.RandomShortestSize: it cuts off fractions of a pixel, and 427 x 640 resized to 480 has 479.
+    resize = v2.RandomChoice([v2.Resize(scaled(side), max_size=scaled(1333)) for side in sides])
+    shrink = v2.RandomChoice([v2.Resize(scaled(side)) for side in (400, 500, 600)])
+    cropped = v2.Compose([shrink, RandomSizeCrop(scaled(384), scaled(600)), resize])
     return v2.Compose([*flips_and_colours(size, vertical_flip), v2.RandomChoice([resize, cropped]), TIDY_BOXES])
-
-
-ORIENTATION = 0x0112   # EXIF tag
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -284,49 +288,48 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_annotations(file: Path) -> dict:
-    """The content of a COCO annotation file. Raises UserError that names the first entry which cannot be meant so.
+    """The content of a COCO annotation file. Raises UserError that names the first bad entry.
 
-    Boxes may lie partly outside their image or have no area; both is common, and left to CocoFolder.
+    Boxes may lie partly outside their image or have no area: both are common, and CocoFolder handles them.
     """
     def need(condition: bool, problem: str) -> None:
         if not condition:
             raise UserError(f'{file}: {problem}')
 
-    def is_number(x, kind=(int, float)) -> bool:   # up to 2^53, since ids and boxes share arrays of float64
+    def is_number(x, kind=(int, float)) -> bool:   # below 2^53: ids and boxes share arrays of float64
         return isinstance(x, kind) and not isinstance(x, bool) and abs(x) < 2 ** 53
+
+    def entries(kind: str) -> Iterator[tuple[str, dict]]:
+        """The entries of one of the file's three lists, each with what a message calls it."""
+        need(isinstance(content.get(kind), list) and len(content[kind]) > 0, f'has no list of {kind}, or an empty one')
+        for place, entry in enumerate(content[kind]):
+            need(isinstance(entry, dict), f'entry {place} of {kind} is no object')
+            yield f'entry {place} of {kind}', entry
 
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f'{file} is no valid JSON: {error}') from None
     need(isinstance(content, dict), 'is not the object of a COCO annotation file')
-    for kind in ('images', 'categories', 'annotations'):
-        entries = content.get(kind)
-        need(isinstance(entries, list) and len(entries) > 0, f'has no list of {kind}, or an empty one')
-        for place, entry in enumerate(entries):
-            what = f'entry {place} of {kind}'
-            need(isinstance(entry, dict), f'{what} is no object')
-            if kind != 'annotations':
-                need(is_number(entry.get('id'), int), f'{what} has the id {entry.get("id")!r}, no whole number '
-                     'below 2^53')
+    known = {'images': set(), 'categories': set()}
+    for kind, ids in known.items():
+        for what, entry in entries(kind):
+            need(is_number(entry.get('id'), int), f'{what} has the id {entry.get("id")!r}, no whole number below 2^53')
+            need(entry['id'] not in ids, f'the id {entry["id"]} stands for two {kind}')
+            ids.add(entry['id'])
             if kind == 'categories':
                 need(isinstance(entry.get('name'), str), f'{what} has no name')
-            if kind == 'images':
-                name, sides = entry.get('file_name'), (entry.get('width'), entry.get('height'))
-                need(isinstance(name, str) and name != '' and '\0' not in name, f'{what} has no file_name')
-                need(not Path(name).is_absolute() and '..' not in Path(name).parts,
-                     f'{what} names {name!r}, which is outside the image folder')
-                need(all(is_number(side, int) and side > 0 for side in sides),
-                     f'{what}, {name!r}, has the width and height {sides}, which must be whole numbers above 0')
-        if kind != 'annotations':
-            ids = [entry['id'] for entry in entries]
-            twice = next((i for i, count in Counter(ids).items() if count > 1), None)
-            need(twice is None, f'the id {twice} stands for two {kind}')
-    images, categories = ({entry['id'] for entry in content[kind]} for kind in ('images', 'categories'))
-    for place, a in enumerate(content['annotations']):
-        what, box = f'entry {place} of annotations (id {a.get("id")!r})', a.get('bbox')
-        for name, known in (('image_id', images), ('category_id', categories)):
-            need(is_number(a.get(name), int) and a[name] in known,
+                continue
+            name, sides = entry.get('file_name'), (entry.get('width'), entry.get('height'))
+            need(isinstance(name, str) and name != '' and '\0' not in name, f'{what} has no file_name')
+            need(not Path(name).is_absolute() and '..' not in Path(name).parts,
+                 f'{what} names {name!r}, which is outside the image folder')
+            need(all(is_number(side, int) and side > 0 for side in sides),
+                 f'{what}, {name!r}, has the width and height {sides}, which must be whole numbers above 0')
+    for what, a in entries('annotations'):
+        what, box = f'{what} (id {a.get("id")!r})', a.get('bbox')
+        for name, kind in (('image_id', 'images'), ('category_id', 'categories')):
+            need(is_number(a.get(name), int) and a[name] in known[kind],
                  f'{what} has the {name} {a.get(name)!r}, which is not listed')
         need(isinstance(box, list) and len(box) == 4 and all(map(is_number, box)),
              f'{what} has the bbox {box!r}, which must be four numbers x, y, width, height')
@@ -358,26 +361,28 @@ class CocoFolder(Dataset):
         with os.scandir(self.folder) as entries:   # one look at the folder, where COCO has 118,000 files
             present = {entry.name for entry in entries if entry.is_file()}
         for _, name, height, width in self.images:
-            if max(width, height) > 20 * min(width, height):   # the short side would be resized to nothing
+            if max(width, height) > 20 * min(width, height):   # resized (`resize_to`), its short side is < size / 12
                 raise UserError(f'{file}: the image {name!r} has {width} x {height} pixels: too long and thin to be '
                                 'resized')
-            if name not in present and not (self.folder / name).is_file():
+            if name not in present and not (self.folder / name).is_file():   # the latter: it may be in a subfolder
                 raise UserError(f'{file} names the image {name!r}, which is not in {self.folder}')
-        # One row an annotation: image (as an index), category id, x, y, w, h, area, crowd. Arrays, because lists of
+        # A row for each annotation: image (as an index), category id, x, y, w, h, area, crowd. Arrays, because lists of
         # dicts would be copied into every worker process as their reference counts are touched.
         index_of = {image_id: index for index, (image_id, *_) in enumerate(self.images)}
         rows = [(index_of[a['image_id']], a['category_id'], *a['bbox'], a.get('area', a['bbox'][2] * a['bbox'][3]),
                  a.get('iscrowd', 0)) for a in content['annotations']]
         rows = np.array(rows, dtype=np.float64)
         self.rows = rows[np.argsort(rows[:, 0], kind='stable')]
-        owner, low, sides = self.rows[:, 0].astype(int), self.rows[:, 2:4], self.rows[:, 4:6]
+        # Of A annotations, sorted by image. owner (A,): index of the image; xy, wh, image_wh (A, 2): pixels.
+        owner, xy, wh = self.rows[:, 0].astype(int), self.rows[:, 2:4], self.rows[:, 4:6]
+        image_wh = np.array([(w, h) for _, _, h, w in self.images])[owner]
+        # Image i has the rows from first_row[i] up to, and without, first_row[i + 1].
         self.first_row = np.searchsorted(owner, np.arange(len(self.images) + 1))
-        sizes = np.array([(w, h) for _, _, h, w in self.images])[owner]
-        outside = (low + sides > 1.01 * sizes + 1).any(1)   # by more than what rounding and resized files explain
+        outside = (xy + wh > 1.01 * image_wh + 1).any(1)   # by more than what rounding and resized files explain
         if outside.mean() > 0.2:
             raise UserError(f'{file}: {outside.mean():.0%} of the boxes end outside their image: are they x1, y1, x2, '
                             'y2? COCO has x, y, width, height')
-        corners = np.concatenate([low, low + sides], 1).clip(0, np.tile(sizes, 2))
+        corners = np.concatenate([xy, xy + wh], 1).clip(0, np.tile(image_wh, 2))   # (A, 4) xyxy
         self.usable = (self.rows[:, 7] == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
         if not self.usable.all():
             example = self.images[owner[~self.usable][0]][1]
@@ -397,8 +402,9 @@ class CocoFolder(Dataset):
         image_id, name, height, width = self.images[index]
         try:
             with Image.open(self.folder / name) as image:
-                # A camera held upright stores a turned image and says so; which of both was annotated, the size tells.
-                if image.size == (height, width) != (width, height) and image.getexif().get(ORIENTATION, 1) != 1:
+                # A camera held upright stores a turned image, with a tag that says so. Which of both was annotated, the
+                # size tells. Without a tag nothing is turned here, and the size is refused below.
+                if width != height and image.size == (height, width):
                     image = ImageOps.exif_transpose(image)
                 image = as_rgb(image)
         except Exception as error:   # a broken file can fail in any way: OSError, SyntaxError, ValueError, IndexError..
@@ -414,7 +420,7 @@ class CocoFolder(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         image, target, image_id, name = self.load(index)
-        seed = int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1))
+        seed = int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1))   # one number out of three
         return Sample(*transformed(self.transforms, seed, image, target), image_id, (image.height, image.width), name)
 
     def coco_json(self) -> dict:
@@ -458,11 +464,11 @@ def open_dataset(name: str, split: str, size: int, augment: bool = False, vertic
 # --- Dense one-to-one: more objects an image ------------------------------------------------------------------------
 
 def mosaic(images: list[Image.Image], targets: list[dict], size: int) -> tuple[Image.Image, dict]:
-    """Four images in a 2 x 2 grid on black (DEIM slides), as tiles with a short side of `size` pixels; targets as of
-    `load`.
+    """Four images with targets as `load` gives them -> one, a 2 x 2 grid on black (DEIM slides).
 
-    All quadrants are as wide and high as the widest and the highest tile; tiles lie in their top left corners (official
-    code). That a long side is at most 4 * size is our own: a wide and a high strip would make a canvas without bounds.
+    Each is resized to a short side of `size` pixels and lies in the top left corner of its quadrant; all quadrants have
+    the largest width and the largest height (official code). That a long side is at most 4 * size is our own: a wide
+    and a high strip of 20 : 1 would make a canvas of 40 * size by 40 * size.
     """
     tiles = [v2.Resize(size, max_size=4 * size)(image, target) for image, target in zip(images, targets)]
     w, h = (max(tile.size[d] for tile, _ in tiles) for d in (0, 1))
@@ -477,8 +483,8 @@ def mosaic(images: list[Image.Image], targets: list[dict], size: int) -> tuple[I
 def mixup(sample: Sample, other: Sample, beta: float = 0.5) -> Sample:
     """beta * sample + (1 - beta) * other, with the objects of both.
 
-    Both lie in the top left corner of an image as high and as wide as the larger of each; the rest is 0, which is the
-    mean colour once `normalise` was applied. Boxes become fractions of the new image.
+    Both are normalised and lie in the top left corner of an image as high and as wide as the larger of each; where one
+    has no pixels it counts as 0, the mean colour. Boxes become fractions of the new image.
     0.5 on the DEIM slides; the official code draws beta from 0.45..0.55, and stores it for each box, but no loss uses
     it. Id and stored size are those of `sample`.
     """
@@ -506,7 +512,7 @@ class DenseOneToOne(Dataset):
         if len(dataset) < 4:
             raise UserError(f'a mosaic needs four images, and the training set has {len(dataset)}')
         self.dataset, self.categories, self.size, self.seed = dataset, dataset.categories, size, seed
-        # Turned, shifted and scaled on black, and never cropped (official code).
+        # Turned, shifted and scaled on black: what leaves the canvas is lost, but nothing is cropped (official code).
         affine = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.5, 1.5), fill=0)
         self.transforms = v2.Compose([affine, *flips_and_colours(size, vertical_flip), resize_to(size), TIDY_BOXES])
 
@@ -520,20 +526,21 @@ class DenseOneToOne(Dataset):
         rng = np.random.RandomState([self.seed, epoch, index, 1])   # 1: other numbers than the data set's own
         sample = self.plain_or_mosaic(epoch, index, rng)
         if rng.random_sample() < 0.5:
-            other = self.plain_or_mosaic(epoch, *self.others(1, index, rng), rng)
-            sample = mixup(sample, other)
+            [partner] = self.others(1, index, rng)
+            sample = mixup(sample, self.plain_or_mosaic(epoch, partner, rng))
         return sample
 
     def plain_or_mosaic(self, epoch: int, index: int, rng: np.random.RandomState) -> Sample:
         if rng.random_sample() < 0.5:
             return self.dataset[epoch, index]
-        images, targets, ids, names = zip(*map(self.dataset.load, [index, *self.others(3, index, rng)]))
+        four = [index, *self.others(3, index, rng)]
+        images, targets, ids, names = zip(*(self.dataset.load(i) for i in four))
         image, target = mosaic(images, targets, round(self.size / 2))
         return Sample(*transformed(self.transforms, int(rng.randint(2 ** 31 - 1)), image, target), ids[0],
                       (images[0].height, images[0].width), f'mosaic of {", ".join(names)}')
 
     def others(self, count: int, index: int, rng: np.random.RandomState) -> list[int]:
-        """`count` different images, none of them `index`."""
+        """`count` different images, none of them `index`: drawn from len - 1 numbers, those from `index` on move up."""
         return [int(i + (i >= index)) for i in rng.choice(len(self) - 1, count, replace=False)]
 
     def coco_json(self) -> dict:
@@ -543,19 +550,19 @@ class DenseOneToOne(Dataset):
 # --- Batches --------------------------------------------------------------------------------------------------------
 
 def train_batches(n: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,
-                  dense: tuple[float, float] | None = None) -> Iterator[list[tuple]]:
+                  dense_part: tuple[float, float] | None = None) -> Iterator[list[tuple]]:
     """The (epoch, index) pairs of this process for the steps start..steps-1: a new order each epoch, no image left out.
 
     Position p of the endless stream of images lies in epoch p // n. A run that starts at a later step therefore sees
     what an uninterrupted one would have seen, and W processes see together what one with W times the batch would.
-    With `dense`, a part of the training such as DENSE, they are DenseOneToOne's triples: True within that part.
+    With `dense_part`, a part of the training such as DENSE, they are DenseOneToOne's triples: True within that part.
     """
     @lru_cache(2)   # a batch may reach into the next epoch
     def order(epoch: int) -> list[int]:
         return np.random.RandomState([seed, epoch]).permutation(n).tolist()
 
     for step in range(start, steps):
-        flag = () if dense is None else (dense[0] <= step / steps < dense[1],)
+        flag = () if dense_part is None else (dense_part[0] <= step / steps < dense_part[1],)
         first = (step * world + rank) * batch_size
         yield [(p // n, order(p // n)[p % n], *flag) for p in range(first, first + batch_size)]
 
@@ -565,19 +572,20 @@ def ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, world=1, pin=False,
-                 dense=None) -> DataLoader:
-    """Batches for the steps start..steps-1 of this process.
+def train_loader(dataset: Dataset, batch_size: int, steps: int, workers: int, seed: int = 0, start: int = 0,
+                 rank: int = 0, world: int = 1, pin: bool = False,
+                 dense_part: tuple[float, float] | None = None) -> DataLoader:
+    """Batches for the steps start..steps-1 of this process, once.
 
     A DataLoader draws a number from its generator when it starts. It gets one of its own: so the training's is left
     alone, and a resumed run draws the same dropout as an uninterrupted one.
     """
-    batches = train_batches(len(dataset), batch_size, steps, seed, start, rank, world, dense)
+    batches = train_batches(len(dataset), batch_size, steps, seed, start, rank, world, dense_part)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
                       generator=torch.Generator(), worker_init_fn=ignore_interrupts)
 
 
-def val_loader(dataset, batch_size, workers, rank=0, world=1) -> DataLoader:
+def val_loader(dataset: Dataset, batch_size: int, workers: int, rank: int = 0, world: int = 1) -> DataLoader:
     """Every image once, in order; process `rank` of `world` takes every world-th."""
     keys = [(0, index) for index in range(rank, len(dataset), world)]
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]

@@ -42,10 +42,10 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import hybrid_detr
-from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, Dataset, FirstImages, UserError, collate, open_dataset,
-                  train_loader, val_loader)
+from data import (IMAGENET_MEAN, IMAGENET_STD, Batch, Categories, Dataset, FirstImages, UserError, collate,
+                  open_dataset, train_loader, val_loader)
 from hybrid_detr import HybridDETR, Outputs, from_official
-from losses import MATCHED, criterion, curve
+from losses import MATCHED, criterion, curve as loss_curve
 from matchers import (TOY_ROWS, Cost, assign, class_scores, denoising_queries, encoder_groups, match, matching_cost,
                       query_groups, toy)
 
@@ -58,31 +58,33 @@ METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
 def read_checkpoint(path: str) -> dict:
     """The content of a checkpoint file, as data: no code in it is run. Raises UserError if it cannot be read."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):   # the official files hold their settings in one
+        with torch.serialization.safe_globals([argparse.Namespace]):   # in which official files hold their settings
             content = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'checkpoint {path} does not exist') from None
     except Exception as error:   # a damaged file, or one with code in it, can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f'{path} is no readable checkpoint: {reason}') from None
+    # Sparse, quantized and meta tensors load, too, but are no weights.
     model = content.get('model') if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(
             isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided
             and not x.is_quantized and not x.is_meta for name, x in model.items()):
         raise UserError(f"{path} is no checkpoint of a detector: it has no entry 'model' of names and tensors")
     broken = next((name for name, x in model.items() if not x.isfinite().all()), None)
-    if broken:
+    if broken is not None:
         raise UserError(f'{path} holds a model that diverged: {broken} is not finite')
     return content
 
 
 def is_official(checkpoint: dict) -> bool:
-    """Only train.py writes down the architecture; an official file has to be measured (hybrid_detr.from_official)."""
+    """Of HDETR/H-Deformable-DETR? Only train.py writes down the architecture; theirs is read off the shapes."""
     return 'architecture' not in checkpoint
 
 
 def categories_of(checkpoint: dict) -> Categories:
-    ids, names = checkpoint['categories']['ids'], checkpoint['categories']['names']
+    categories = dict(checkpoint['categories'])   # anything else fails here
+    ids, names = categories['ids'], categories['names']
     for values, kind in ((ids, int), (names, str)):
         if not isinstance(values, list) or len(values) != len(ids) or not all(isinstance(x, kind) for x in values):
             raise ValueError('its categories are no lists of ids and names')
@@ -99,7 +101,7 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
         if is_official(checkpoint):
             mixed = 'query_embed.weight' in checkpoint['model']   # without, no entry tells the number of queries
             queries = len(checkpoint['model']['query_embed.weight']) if mixed else 300
-            groups = (300, queries - 300) if queries > 300 else (queries,)   # in all official files 300 are one-to-one
+            groups = (300, queries - 300) if queries > 300 else (queries,)   # as in all official files of a ResNet
             return from_official(checkpoint['model'], groups, mixed).eval(), None, {}
         model = HybridDETR(**checkpoint['architecture'])
         model.load_state_dict(checkpoint['model'])
@@ -108,11 +110,11 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
             raise ValueError(f'it has {model.num_classes} classes and the names of {len(categories)}')
         if not isinstance(settings.get('data', ''), str):
             raise TypeError(f'its settings have the data {settings["data"]!r}')
+        # Below 2^31: the shapes of `val` have seed 2 * seed + 1, and numpy's generator takes 32 bits.
         for name, least in dict(image_size=32, batch_size=1, seed=0, overfit=0).items():
-            if not isinstance(settings.get(name, least), int) or settings.get(name, least) < least:
-                raise TypeError(f'its settings have the {name} {settings[name]!r}')
-        if settings.get('seed', 0) >= 2 ** 31:
-            raise ValueError(f'its settings have the seed {settings["seed"]}')
+            value = settings.get(name, least)
+            if not isinstance(value, int) or not least <= value < 2 ** 31:
+                raise ValueError(f'its settings have the {name} {value!r}')
     except Exception as error:   # entries may be missing, or anything: it is somebody's file
         raise UserError(f'{path} does not fit: {type(error).__name__} {" ".join(str(error).split())[:200]}') from None
     return model.eval(), categories, settings
@@ -120,32 +122,33 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
 
 def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int) -> list[int]:
     """The category id of every class column. Raises UserError if the model was trained for other categories."""
-    theirs = dataset.categories
+    wanted = dataset.categories
     if model_categories is None:   # an official checkpoint: column c is COCO's raw category id c, 0 and the gaps unused
-        if max(theirs.ids) >= columns:
-            raise UserError(f'the checkpoint has {columns} columns for category ids, the data has id {max(theirs.ids)}')
+        if max(wanted.ids) >= columns:
+            raise UserError(f'the checkpoint has {columns} columns for category ids, the data has id {max(wanted.ids)}')
         return list(range(columns))
-    if (model_categories.ids, model_categories.names) != (theirs.ids, theirs.names):
-        ours, data = (f'{len(c)} classes, {", ".join(c.names[:4])}.. with ids {c.ids[:4]}..'
-                      for c in (model_categories, theirs))
-        raise UserError(f'the checkpoint detects {ours}, the data has {data}')
-    return theirs.ids
+    if (model_categories.ids, model_categories.names) != (wanted.ids, wanted.names):
+        known, needed = (f'{len(c)} classes, {", ".join(c.names[:4])}.. with ids {c.ids[:4]}..'
+                         for c in (model_categories, wanted))
+        raise UserError(f'the checkpoint detects {known}, the data has {needed}')
+    return wanted.ids
 
 
 def cost_of(settings: dict) -> Cost:
     """The matching cost that saved settings ask for; what they lack (official files, older ones) is Cost's default."""
     default = Cost()
-    return Cost(settings.get('cost', default.kind), settings.get('cost_class', default.class_weight),
-                settings.get('f2', default.f2), settings.get('official_losses', False),
-                settings.get('cls_loss') == 'ce')
+    return Cost(kind=settings.get('cost', default.kind), f2=settings.get('f2', default.f2),
+                class_weight=settings.get('cost_class', default.class_weight),
+                official=settings.get('official_losses', False), softmax=settings.get('cls_loss') == 'ce')
 
 
 # --- From outputs to detections -------------------------------------------------------------------------------------
 
 def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, nms: float | None = None,
-               softmax: bool = False):
-    """The `top` best of all N*C scores of the last layer: -> per image scores (k,) in falling order, labels (k,),
-    boxes_xyxy (k,4) in pixels of the stored image; k = min(top, N*C), or less with NMS.
+               softmax: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The `top` best of all N*C scores of the last layer: -> per image scores (k,) in falling order, class columns
+    (k,), boxes_xyxy (k,4) in pixels of the stored image, whose (height, width) is in `sizes`; k = min(top, N*C), or
+    less with NMS.
 
     A query may appear with several classes (as in the official codes of Deformable DETR and H-DETR). With NMS at
     IoU `nms`, the best 10 * top are thinned out first: else duplicates would take the places of other objects.
@@ -154,13 +157,14 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
     probability = class_scores(outputs.pred_logits[-1].float(), softmax)                            # (B, N, C)
     B, N, C = probability.shape
     scores, flat = probability.flatten(1).topk(min(top if nms is None else 10 * top, N * C), 1)     # (B, k)
-    labels, query = flat % C, flat // C   # column query * C + label of the flattened scores
+    columns, query = flat % C, flat // C   # flat = query * C + column
     boxes = box_convert(outputs.pred_boxes[-1].float(), 'cxcywh', 'xyxy').gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device)[:, None]
     kept = []
-    for s, l, b in zip(scores, labels, boxes):
-        keep = slice(None) if nms is None else batched_nms(b, s, l, nms)[:top]
-        kept.append((s[keep], l[keep], b[keep]))
+    for s, c, b in zip(scores, columns, boxes):
+        # From 0 on, as batched_nms takes boxes to lie when it moves each class to a place of its own.
+        keep = slice(None) if nms is None else batched_nms(b - b.min(), s, c, nms)[:top]
+        kept.append((s[keep], c[keep], b[keep]))
     return kept
 
 
@@ -176,27 +180,32 @@ def evaluating(model: torch.nn.Module):
         model.train(was_training)
 
 
+def predict(model: HybridDETR, batch: Batch, group: int = 0) -> Outputs:
+    """The outputs for a batch on the model's device. Raises UserError if its images have fewer tokens than queries."""
+    try:
+        return model(batch.images, batch.padding_mask, group)
+    except ValueError as error:   # all images of a batch have one size, so the first stands for all
+        raise UserError(f'{batch.names[0]}: {error}') from None
+
+
 def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: int, workers: int,
            nms: float | None = None, group: int = 0) -> np.ndarray:
-    """Run the detector over a data set: rows of (image id, x, y, w, h, score, category id). ids: of the class columns.
+    """Run the detector over a data set -> float64 (detections, 7): image id, x, y, w, h, score, category id, with the
+    top left corner (x, y) in pixels of the stored image, as pycocotools wants it. ids: of the class columns.
 
     Under torchrun every process takes its share of the images, and all get all rows. The model is left as it was.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows, id_of = [np.zeros((0, 7))], np.array(ids)   # the first, so that no images concatenate, too
+    rows, id_of = [np.zeros((0, 7))], np.array(ids)   # the empty one: a process may have no images to concatenate
     loader = val_loader(dataset, batch_size, workers, rank, world)
     with evaluating(model) as device:
         for batch in tqdm(loader, desc='evaluate', leave=False, disable=rank > 0 or None):   # None: if no terminal
             batch = batch.to(device)
-            try:
-                outputs = model(batch.images, batch.padding_mask, group)
-            except ValueError as error:
-                raise UserError(f'{batch.names[0]}: {error}') from None
-            found = detections(outputs, batch.sizes, nms=nms, softmax=model.softmax)
-            for image_id, (scores, labels, boxes) in zip(batch.image_ids, found):
+            found = detections(predict(model, batch, group), batch.sizes, nms=nms, softmax=model.softmax)
+            for image_id, (scores, columns, boxes) in zip(batch.image_ids, found):
                 xywh = box_convert(boxes, 'xyxy', 'xywh').double().cpu().numpy()   # pycocotools computes in double
                 rows.append(np.column_stack([np.full(len(xywh), image_id), xywh, scores.double().cpu(),
-                                             id_of[labels.cpu()]]))
+                                             id_of[columns.cpu()]]))
     rows = np.concatenate(rows)
     if world > 1:
         shares = [None] * world
@@ -206,7 +215,8 @@ def detect(model: HybridDETR, dataset: Dataset, ids: list[int], *, batch_size: i
 
 
 def duplicate_rate(rows: np.ndarray) -> float:
-    """The fraction of the detections of score above 0.3 that NMS at IoU 0.7 would remove; 0 if there are none."""
+    """The fraction of the detections of score above 0.3 that NMS at IoU 0.7 would remove; 0 if there are none.
+    Both numbers are this project's choice; no paper measures it."""
     rows = torch.from_numpy(rows[rows[:, 5] > 0.3])
     image_and_class = rows[:, [0, 6]].unique(dim=0, return_inverse=True)[1]
     kept = batched_nms(box_convert(rows[:, 1:5], 'xywh', 'xyxy'), rows[:, 5], image_and_class, 0.7)
@@ -214,7 +224,8 @@ def duplicate_rate(rows: np.ndarray) -> float:
 
 
 def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False, curve: str | None = None):
-    """pycocotools' 12 numbers for the rows of `detect` and oLRP with its parts, by name, and AP by category id.
+    """For the rows of `detect`: -> {name: number} of pycocotools' 12 and oLRP with its parts (-1: no class has ground
+    truth), and {category id: AP} (nan: this class has none).
 
     table=True prints pycocotools' table and oLRP; curve: PNG to draw precision over recall to.
     """
@@ -274,14 +285,16 @@ def optimal_lrp(coco_eval) -> dict[str, float]:
         pairs = [(math.inf, 0, 0.0)]   # score, is it a TP, 1 - IoU; the first is the threshold above all scores
         for r in results:
             key = r['image_id'], r['category_id']
+            # ious[key] is (detections, ground truths): rows in the order of dtScores, columns in that of _gts (gtIds is
+            # sorted anew, with the ignored last).
             column = {gt['id']: j for j, gt in enumerate(coco_eval._gts[key])}
             # The first IoU threshold is 0.5; dtMatches holds the id of the ground truth, 0 for none.
             at_half = zip(r['dtScores'], r['dtMatches'][0], r['dtIgnore'][0])
             pairs += [(score, 1, 1 - coco_eval.ious[key][i][column[gt]]) if gt else (score, 0, 0.0)
                       for i, (score, gt, ignored) in enumerate(at_half) if not ignored]
         score, hit, error = np.array(sorted(pairs, reverse=True)).T
-        tp, error = hit.cumsum(), error.cumsum()            # of the detections down to each threshold
-        fp, fn = np.arange(len(hit)) - tp, targets - tp     # the first is no detection
+        tp, error = hit.cumsum(), error.cumsum()            # entry i: of the i best detections
+        fp, fn = np.arange(len(hit)) - tp, targets - tp
         lrp = (error / 0.5 + fp + fn) / (tp + fp + fn)
         lrp[:-1][score[:-1] == score[1:]] = math.inf        # a threshold cannot divide equal scores
         with np.errstate(invalid='ignore'):                 # 0 / 0 is nan: no TP, no Loc; no detection, no FP
@@ -295,7 +308,7 @@ def optimal_lrp(coco_eval) -> dict[str, float]:
 # --- How stable the matching is -------------------------------------------------------------------------------------
 
 def columns_of(dataset: Dataset, ids: list[int]) -> Tensor:
-    """The class column of each label of the data set."""
+    """The class column of each label of the data set: in an official checkpoint it is not the label itself."""
     return torch.tensor([ids.index(category_id) for category_id in dataset.categories.ids])
 
 
@@ -304,16 +317,17 @@ def unstable_score(model: HybridDETR, dataset: Dataset, ids: list[int], n_images
     """Stable-DINO §2.4.3, Fig. 3: for each decoder layer the percentage of ground truths whose query is another one
     than in the layer before. Layer 1 is compared with the encoder: its proposal number i is the start of query i.
 
-    Of the first group, the detector, matched one-to-one whatever the scheme; in the encoder with all labels 0, as in
-    training. The paper's example is one image; this is the percentage of all ground truths of the first n_images, and
-    an empty list without any. ids: of the class columns. The model is left as it was.
+    Of the first group, the detector, matched one-to-one whatever the scheme. In the encoder with all labels 0, as in
+    training, but only the n chosen proposals: another token has no query to be compared with. The paper's example is
+    one image; this is the percentage of all ground truths of the first n_images, and an empty list without any. ids:
+    of the class columns. The model is left as it was.
     """
     changed, total = 0, 0
     with evaluating(model) as device:
         columns = columns_of(dataset, ids).to(device)
         for batch in val_loader(FirstImages(dataset, n_images), batch_size, workers):
             batch = batch.to(device)
-            outputs = model(batch.images, batch.padding_mask, 0)   # of one group, so the encoder has one head
+            outputs = predict(model, batch)   # of one group, so the encoder has one head
             L, _, n, _ = outputs.pred_logits.shape
             chosen = outputs.encoder_logits[..., 0].topk(n, dim=2).indices[..., None]   # (1, B, n, 1), as in `select`
             proposals = [x.gather(2, chosen.expand(-1, -1, -1, x.shape[3]))
@@ -323,7 +337,7 @@ def unstable_score(model: HybridDETR, dataset: Dataset, ids: list[int], n_images
                 decoder, encoder = match(*outputs[:2], *proposals, [columns[labels] for labels in batch.gt_labels],
                                          batch.gt_boxes, groups, encoder_groups(groups, 1, n), cost)
             except FloatingPointError as error:
-                raise UserError(f'{batch.names[0]}: {error}') from None
+                raise UserError(f'{error}; the images are {", ".join(batch.names)}') from None
             # (L + 1, objects), the encoder's first; -1 where there are more objects than queries.
             query = torch.full((L + 1, sum(map(len, batch.gt_labels))), -1, device=device)
             query[0, encoder.gt] = encoder.query
@@ -345,7 +359,7 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#0
 
 
 def corners_in(boxes: Tensor, width: int, height: int) -> Tensor:
-    """Boxes (M,4) as fractions -> their corners in the pixels of a picture, (M,4)."""
+    """Boxes (M,4) as fractions -> their corners in the pixels of a picture, (M,4); on its border, its last pixel."""
     return box_convert(boxes.cpu(), 'cxcywh', 'xyxy').clamp(0, 1) * torch.tensor([width - 1, height - 1] * 2)
 
 
@@ -361,7 +375,7 @@ def draw_boxes(picture: Tensor, boxes: Tensor, labels: list[int], texts: list[st
                                label_colors='white', label_background_colors=colours, fill_labels=True)
 
 
-def save_grid(rows: list[list[Tensor]], path: Path) -> None:
+def save_grid(rows: list[list[Tensor]], path: str | Path) -> None:
     """Save a PNG of pictures, uint8 (3,H,W) each, row by row with white between them."""
     def padded(picture, height, width):
         return v2.functional.pad(picture, [0, 0, width - picture.shape[2], height - picture.shape[1]], fill=255)
@@ -374,18 +388,18 @@ def save_grid(rows: list[list[Tensor]], path: Path) -> None:
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
-def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: Path, n: int = 4,
+def draw_predictions(model: HybridDETR, dataset: Dataset, ids: list[int], path: str | Path, n_images: int = 4,
                      threshold: float = 0.3, nms: float | None = None, group: int = 0) -> None:
-    """Save a PNG, a row for each of the first n images: ground truth left, predictions of score >= threshold right."""
+    """Save a PNG, a row for each of the first n_images: ground truth left, predictions of score >= threshold right."""
     rows, categories = [], dataset.categories
     names = dict(zip(categories.ids, categories.names))
     with evaluating(model) as device:
-        for batch in val_loader(FirstImages(dataset, n), 1, 0):
-            outputs = model(batch.images.to(device), batch.padding_mask.to(device), group)
+        for batch in val_loader(FirstImages(dataset, n_images), 1, 0):
             # As if the image had one pixel: so the boxes stay fractions.
-            (scores, labels, boxes), = detections(outputs, [(1, 1)], nms=nms, softmax=model.softmax)
+            (scores, columns, boxes), = detections(predict(model, batch.to(device), group), [(1, 1)], nms=nms,
+                                                   softmax=model.softmax)
             good = scores >= threshold
-            found = [ids[column] for column in labels[good].tolist()]   # an official column may be no category here
+            found = [ids[column] for column in columns[good].tolist()]   # an official column may be no category here
             texts = [f'{names.get(i, i)} {score:.2f}' for i, score in zip(found, scores[good].tolist())]
             picture, truth = as_picture(batch.images[0]), batch.gt_labels[0].tolist()
             rows.append([draw_boxes(picture, batch.gt_boxes[0], truth, [categories.names[label] for label in truth]),
@@ -404,7 +418,7 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
     """
     batch = collate([dataset[0, index]])   # of epoch 0
     with evaluating(model) as device:
-        outputs = model(batch.images.to(device), batch.padding_mask.to(device), 0)
+        outputs = predict(model, batch.to(device))
         N, truths = outputs.pred_boxes.shape[2], batch.gt_boxes[0]
         if not len(truths) or N < 4:
             raise UserError(f'--matches: {batch.names[0]} has {len(truths)} objects and the model {N} queries; 1 and 4 '
@@ -444,7 +458,7 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
             pen.ellipse((x - 14, y - 14, x + 14, y + 14), colour, 'white', 3)
             pen.text((x, y), str(group_of[query] + 1), 'white', ImageFont.load_default(size=20), anchor='mm')
         pictures.append(v2.functional.pil_to_tensor(picture.reduce(2)))
-    save_grid([pictures[:2], pictures[2:]], Path(path))
+    save_grid([pictures[:2], pictures[2:]], path)
 
 
 def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limits: tuple | None = None) -> None:
@@ -461,7 +475,7 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limit
     def at(x, y):
         return 130 + 1420 * (x - left) / (right - left), 1060 - (1060 - top) * (y - low) / (high - low)
 
-    def ticks(low, high):   # up to 6 round steps; whole ones, as for layers, where the axis is longer than 1
+    def ticks(low, high):   # up to 6 round steps; whole ones, as for layers, where the axis goes beyond 1
         steps = [digit * 10.0 ** power for power in range(-3 if high <= 1 else 0, 9) for digit in (1, 2, 5)]
         step = next(step for step in steps if (high - low) / step <= 6)
         return step * np.arange(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)
@@ -483,13 +497,13 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limit
     pen.line((at(left, high), at(left, low), at(right, low)), 'black', 4)
     pen.text((at((left + right) / 2, low)[0], 1180), names[0], 'black', font, anchor='mb')
     pen.text((20, top - 40), names[1], 'black', font, anchor='lm')
-    for i, (text, (x, y, *spread)) in enumerate(lines.items()):
+    for i, (text, (x, y, *bars)) in enumerate(lines.items()):
         colour, points = COLOURS[i % len(COLOURS)], [at(*point) for point in zip(x, y)]
         start, middle = 20 + i % 3 * 525, 50 + i // 3 * 50   # of the legend: above the axes, where no line can be
         pen.line(points, colour, 8, joint='curve')
-        for ends in zip(x, *spread) if spread else []:
-            beside = at(ends[0], low)[0] + 14 * (i - (len(lines) - 1) / 2)
-            pen.line((beside, at(*ends[:2])[1], beside, at(ends[0], ends[2])[1]), colour, 6)
+        for place, lowest, highest in zip(x, *bars) if bars else []:
+            beside = at(place, low)[0] + 14 * (i - (len(lines) - 1) / 2)   # the bars of all lines side by side
+            pen.line((beside, at(place, lowest)[1], beside, at(place, highest)[1]), colour, 6)
         pen.line((start, middle, start + 60, middle), colour, 8)
         for point in [*points, (start + 30, middle)] if len(points) <= 20 else []:
             mark(*point, i, colour)
@@ -568,29 +582,29 @@ def draw_losses(path: Path) -> None:
     lines = {0.0: ('#D55E00', 11), 0.5: ('#E69F00', 8), 0.75: ('#56B4E9', 8), 1.0: ('#0072B2', 8), None: ('black', 3)}
     large, small = (ImageFont.load_default(size=size) for size in (40, 30))
     image = Image.new('RGB', (2400, 2190), 'white')   # twice the final size, for smooth lines
-    pen, p = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199)
-    for i, name in enumerate(('ce', *MATCHED)):
-        x, y, width, height = i % 3 * 790 + 90, i // 3 * 690 + 80, 660, 500
+    pen, p, width, height = ImageDraw.Draw(image), torch.linspace(0.005, 0.995, 199), 660, 500
+
+    def frame(x, y, title, highest):   # of a panel: to the right the score, 0 to 1, upwards 0 to `highest`
         pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
-        pen.text((x + width / 2, y - 12), name, 'black', large, anchor='ms')
+        pen.text((x + width / 2, y - 12), title, 'black', large, anchor='ms')
         for part in (0, 0.5, 1):
             pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
-            pen.text((x - 12, y + (1 - part) * height), f'{3 * part:g}', '#555555', small, anchor='rm')
+            pen.text((x - 12, y + (1 - part) * height), f'{highest * part:g}', '#555555', small, anchor='rm')
+
+    for i, name in enumerate(('ce', *MATCHED)):
+        x, y = i % 3 * 790 + 90, i // 3 * 690 + 80
+        frame(x, y, name, 3)
         for iou, style in lines.items():
             points = [(x + width * a, y + height * (1 - b / 3))
-                      for a, b in zip(p.tolist(), curve(name, p, iou)[0].tolist()) if b < 3]
-            for k in range(0, len(points) - 1, 8):   # IoU 0.5 is dashed: in grey it would look like 0.75
+                      for a, b in zip(p.tolist(), loss_curve(name, p, iou)[0].tolist()) if b < 3]
+            for k in range(0, len(points) - 1, 8):   # 4 of 8 pieces at IoU 0.5, whose grey would look like 0.75's
                 pen.line(points[k:k + (5 if iou == 0.5 else 9)], *style)
     for i, name in enumerate(('vfl', 'mal', 'stable')):
-        x, y, width, height = i * 790 + 90, 1590, 660, 500
-        surface = torch.stack([curve(name, p, iou)[0] for iou in torch.linspace(1, 0, 100).tolist()]).clamp(max=3)
+        x, y = i * 790 + 90, 1590
+        surface = torch.stack([loss_curve(name, p, iou)[0] for iou in torch.linspace(1, 0, 100).tolist()]).clamp(max=3)
         grey = 255 - 20 * (4 * surface).floor()   # a step of grey is 1/4
         image.paste(Image.fromarray(grey.byte().numpy()).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        pen.rectangle((x, y, x + width, y + height), outline='#555555', width=3)
-        pen.text((x + width / 2, y - 12), f'{name}, matched: IoU over p', 'black', large, anchor='ms')
-        for part in (0, 0.5, 1):
-            pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
-            pen.text((x - 12, y + (1 - part) * height), f'{part:g}', '#555555', small, anchor='rm')
+        frame(x, y, f'{name}, matched: IoU over p', 1)
     pen.text((1200, 1500), 'loss of a match over the score p (to the right) and the IoU (upwards): a step of grey is '
              '1/4, white is below 1/4, darkest 3 and more', 'black', small, anchor='mm')
     for j, (iou, style) in enumerate(lines.items()):
@@ -648,12 +662,14 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         if not steps or any([record['step'] for record in run] != steps for run in repetitions):
             raise UserError(f'{name}: its runs have no evaluations, or not at the same steps')
         last = [run[-1] for run in repetitions]
-        print('| ' + ' | '.join([name, str(len(last)), str(steps[-1]), *(
-            f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' for values in (
-                [record[key] for record in last] for key in ('AP', 'AP50', 'duplicates')))]) + ' |')
+        results = [[record[key] for record in last] for key in ('AP', 'AP50', 'duplicates')]
+        cells = [f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' for values in results]
+        print(f'| {name} | {len(last)} | {steps[-1]} | {" | ".join(cells)} |')
         ap = np.array([[record['AP'] for record in run] for run in repetitions])
         lines[name] = steps, ap.mean(0), ap.min(0), ap.max(0)
-        if all(record.get('unstable') for record in last):
+        if unstable and all(record.get('unstable') for record in last):
+            if len({len(record['unstable']) for record in last}) > 1:
+                raise UserError(f'{name}: its runs differ in the number of decoder layers')
             scores = np.array([record['unstable'] for record in last])
             of_layers[name] = range(1, scores.shape[1] + 1), scores.mean(0), scores.min(0), scores.max(0)
     if unstable and not of_layers:
@@ -667,7 +683,8 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
     if unstable:
         for name, (layers, scores, *_) in of_layers.items():
             print(f'{name}: unstable score of layer 1 to {len(layers)}: {", ".join(f"{x:.1f} %" for x in scores)}')
-        most_layers, highest = (max(map(max, values)) for values in list(zip(*of_layers.values()))[::3])
+        most_layers = max(len(layers) for layers, *_ in of_layers.values())
+        highest = max(scores.max() for *_, scores in of_layers.values())
         draw_lines(of_layers, ('decoder layer', 'unstable score, %'), unstable,
                    (with_margin((1, most_layers), 1), (0, max(1e-3, highest))))
         print(f'picture: {unstable}')
@@ -1072,16 +1089,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     modes = [name for name in ('weights', 'compare', 'figures', 'benchmark') if getattr(args, name) is not None]
     if len(modes) != 1:
         parser.error('exactly one of --weights, --compare, --figures and --benchmark is needed')
-    machine = {'device', 'repeats', 'compile'}
-    table = machine | {'data', 'image_size', 'batch_size', 'workers', 'amp', 'model', 'rows'}
-    drawn = {'curves', 'unstable_curves'}
-    means_something = {'weights': vars(args).keys() - drawn - {'model', 'rows', 'repeats', 'amp', 'compile'},
-                       'compare': drawn, 'figures': set(),
-                       'benchmark': machine if args.benchmark == 'loss' else table}[modes[0]]
-    for name, value in vars(args).items():   # nothing is ignored
-        if name not in (*modes, *means_something) and value != parser.get_default(name):
-            parser.error(f'--{name.replace("_", "-")} has no meaning with --{modes[0]}'
-                         + f' {args.benchmark}' * (modes[0] == 'benchmark'))
+    mode, = modes
+    # The options that each mode reads: any other is refused, so that nothing is ignored.
+    of_compare, of_loss = {'curves', 'unstable_curves'}, {'device', 'repeats'}
+    of_table = {'data', 'image_size', 'batch_size', 'workers', 'model', 'rows', 'amp', 'compile'} | of_loss
+    of_weights = vars(args).keys() - of_compare - {'model', 'rows', 'repeats', 'amp', 'compile'}
+    read = {'weights': of_weights, 'compare': of_compare, 'figures': set(),
+            'benchmark': of_loss if args.benchmark == 'loss' else of_table}[mode]
+    for name, value in vars(args).items():
+        if name not in {mode, *read} and value != parser.get_default(name):
+            parser.error(f'--{name.replace("_", "-")} has no meaning with --{mode}'
+                         + f' {args.benchmark}' * (mode == 'benchmark'))
     for name, needs in dict(image='matches', picture_file='pictures').items():
         if getattr(args, name) != parser.get_default(name) and not getattr(args, needs):
             parser.error(f'--{name.replace("_", "-")} has no meaning without --{needs}')
@@ -1089,7 +1107,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = parse(argv)   # which refuses what does not go together (exit code 2); the values follow (exit code 1)
     if args.nms is not None and not 0 <= args.nms <= 1:
         raise UserError(f'--nms {args.nms}: is an IoU, 0 to 1')
     for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1,
@@ -1115,16 +1133,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.benchmark:
         return benchmark_loss(args) if args.benchmark == 'loss' else benchmark(args)
     model, categories, settings = load_detector(args.weights)
-    if not 0 <= args.group < len(model.groups):
+    if args.group >= len(model.groups):
         raise UserError(f'--group {args.group}: the model has groups 0 to {len(model.groups) - 1}')
     data = args.data or settings.get('data')
     if data is None:
         raise UserError('an official checkpoint does not say on what to evaluate: add --data COCO')
     size = args.image_size or settings.get('image_size', 800)
     # A run with --overfit is judged by the images it saw, unless asked otherwise.
-    few = settings.get('overfit') and not args.data and not args.split
-    dataset = open_dataset(data, 'train' if few else args.split or 'val', size, seed=settings.get('seed', 0))
-    if few:
+    as_overfit = settings.get('overfit') and not args.data and not args.split
+    dataset = open_dataset(data, 'train' if as_overfit else args.split or 'val', size, seed=settings.get('seed', 0))
+    if as_overfit:
         dataset = FirstImages(dataset, settings['overfit'])
         print(f'the {len(dataset)} images it was trained on:')
     model.to(args.device)
@@ -1152,7 +1170,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_matches(model, dataset, ids, args.matches, args.image, cost_of(settings))
         print(f'picture: {args.matches}')
     if args.pictures:
-        draw_predictions(model, dataset, ids, Path(args.picture_file), args.pictures, nms=args.nms, group=args.group)
+        draw_predictions(model, dataset, ids, args.picture_file, args.pictures, nms=args.nms, group=args.group)
         print(f'picture: {args.picture_file}')
 
 
@@ -1167,7 +1185,7 @@ def run_command(command) -> None:
                  f'--accumulate or --checkpoint-activations ({str(error).splitlines()[0]})')
     except RuntimeError as error:
         reasons = {'gloo': 'another process of this run is gone, or does not answer; its own message says why',
-                   'DataLoader worker': 'a process that loads images is gone; is the memory full? fewer --workers?',
+                   'DataLoader worker (pid': 'a process that loads images is gone; memory full? fewer --workers?',
                    'allocate memory': 'the memory is full'}
         reason = next((reason for text, reason in reasons.items() if text in str(error)),
                       reasons['gloo'] if isinstance(error, dist.DistError) else None)

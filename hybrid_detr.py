@@ -8,7 +8,8 @@ levels), D width, d = D / heads, V levels of h x w cells, P sampling points per 
 are written behind the line that makes them.
 Boxes are (cx, cy, w, h) as fractions of the image; a mask is True at padding.
 
-Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR (equal groups, A.2).
+Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR (equal groups, A.2),
+DINO (mixed query selection, look forward twice, denoising), Stable-DINO (memory fusion).
 "Official code" is HDETR/H-Deformable-DETR, whose checkpoints load with `from_official` and give the same outputs.
 This file needs torch and torchvision only, and can be copied alone; `python hybrid_detr.py` prints the shape behind
 every stage.
@@ -57,9 +58,10 @@ class TinyBackbone(nn.Sequential):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = []
+        x = images
         for stage in self:
-            images = stage(images)
-            maps.append(images)
+            x = stage(x)
+            maps.append(x)
         return maps
 
 
@@ -109,7 +111,8 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(not parameter_name.startswith(('conv1', 'layer1')))
 
     def load_imagenet(self) -> None:
-        """Fetch torchvision's first ImageNet weights, those of the papers. Raises URLError without a network."""
+        """Fetch torchvision's first ImageNet weights; of ResNet-50 those of the papers. Raises URLError without a
+        network."""
         state = torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.get_state_dict(progress=True)
         ours = self.body.state_dict()   # without the classifier
         self.body.load_state_dict({name: value for name, value in state.items() if name in ours})
@@ -144,21 +147,28 @@ def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: T
     paddings, ratios, positions, centres = [], [], [], []
     for (h, w), level_code in zip(shapes, level_embed):
         padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()            # (B, h, w)
+        # The image lies at the top left, so the first row and the first column count its cells.
         valid = ~padding
         valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1).to(level_embed)     # (B, 2)
         ratios.append(torch.stack([valid_wh[:, 0] / w, valid_wh[:, 1] / h], -1))                    # (B, 2)
-        # Cells are counted along y and x over the valid part only, so that 0..1 spans the image, not its padding.
-        y, x = valid.cumsum(1).to(level_embed), valid.cumsum(2).to(level_embed)                     # (B, h, w) each
-        y, x = (y - 0.5) / (y[:, -1:] + 1e-6), (x - 0.5) / (x[:, :, -1:] + 1e-6)
-        cell_code = sine_code(torch.stack([y, x], -1), level_embed.shape[1] // 2)                   # (B, h, w, D)
-        positions.append(cell_code.flatten(1, 2) + level_code)                                      # (B, h*w, D)
         row, column = torch.meshgrid(torch.arange(h, device=valid.device), torch.arange(w, device=valid.device),
                                      indexing='ij')
-        centres.append((torch.stack([column, row], -1) + 0.5).flatten(0, 1) / valid_wh[:, None])    # (B, h*w, 2)
+        cell = (torch.stack([column, row], -1) + 0.5).flatten(0, 1)                                 # (h*w, 2)
+        # Divided by the cells of the image, so that 0..1 spans it without its padding.
+        centres.append(cell / valid_wh[:, None])                                                    # (B, h*w, 2)
+        # The code has y before x, and 1e-6 in the divisor (official code).
+        y_x = (cell / (valid_wh[:, None] + 1e-6)).flip(-1)                                          # (B, h*w, 2)
+        positions.append(sine_code(y_x, level_embed.shape[1] // 2) + level_code)                    # (B, h*w, D)
         paddings.append(padding.flatten(1))
     level = torch.cat([torch.full((h * w,), v, device=padding_mask.device) for v, (h, w) in enumerate(shapes)])
     return Geometry(shapes, torch.cat(paddings, 1), torch.stack(ratios, 1), torch.cat(positions, 1),
                     torch.cat(centres, 1), level)
+
+
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    """Before the sigmoid, with x kept off 0 and 1, so that a box at the very border stays finite (as the official code,
+    which keeps x and 1 - x off 0 each)."""
+    return torch.logit(x, eps=1e-5)
 
 
 def initial_boxes(where: Geometry) -> Tensor:
@@ -169,26 +179,19 @@ def initial_boxes(where: Geometry) -> Tensor:
     size = 0.05 * 2.0 ** where.level.to(where.centres)                                              # (S,)
     box = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)                    # (B, S, 4)
     invalid = where.padding | ~((box > 0.01) & (box < 0.99)).all(-1)
-    return (box / (1 - box)).log().masked_fill(invalid[..., None], math.inf)
-
-
-def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Before the sigmoid, with the official code's clamp: a box at the very border stays finite."""
-    return torch.logit(x, eps=1e-5)
+    return inverse_sigmoid(box).masked_fill(invalid[..., None], math.inf)
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------
 
 def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
+    """The inner part of Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
 
     value (B,S,heads,d), locations (B,N,heads,V,P,2) as x, y in 0..1, weights (B,N,heads,V,P) -> (B,N,heads*d).
-    Outside a level the value is 0. Of the forms in PyTorch, one `grid_sample` per level is best for tiny, and near the
-    best at the paper's size. On two CPU cores, forward + backward in ms, and MB kept for backward:
-                                                              encoder of tiny, 16 images    of the paper, 800 x 800
-        grid_sample per level                                       9 + 17 ms     30 MB          211 + 464 ms    252 MB
-        one gather over all levels                                 32 + 41 ms    126 MB          374 + 541 ms   1048 MB
-        embedding_bag                                              15 + 37 ms     27 MB          128 + 490 ms    180 MB
+    Outside a level the value is 0. The official code has a CUDA kernel of its own for it; of the forms in PyTorch, one
+    `grid_sample` per level is the best for tiny and near the best at the paper's size. Tried as the encoder of both on
+    two CPU cores, forward + backward: one gather over all levels took 1.4 to 2.8 times as long with 4 times the memory,
+    embedding_bag 0.9 (paper's size) to 2.0 times as long with 0.7 to 0.9 of it.
     """
     B, _, heads, d = value.shape
     N = locations.shape[1]
@@ -204,7 +207,11 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at P points per level and head around its reference, and predicts these and their weights."""
+    """Each query looks at P points per level and head around its reference, and predicts these and their weights.
+
+    Deformable DETR Eq. 3: out_q = sum_m W_m sum_v sum_p A_mqvp W'_m x_v(reference_q + offset_mqvp), where m is the
+    head; A is `weights`, W' `value_proj`, W `output_proj`.
+    """
 
     def __init__(self, width: int, heads: int, levels: int, points: int):
         super().__init__()
@@ -215,8 +222,8 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
 
     def reset_parameters(self) -> None:
-        """At the start head h looks in direction 2 pi h / heads, point p at distance p + 1 (the larger of x and y), all
-        with equal weight."""
+        """At the start head h looks in direction 2 pi h / heads, point p = 0..P-1 at distance p + 1, measured as the
+        larger of |x| and |y|, all with equal weight. Called by HybridDETR, after its Xavier."""
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -232,7 +239,8 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes, padding: Tensor) -> Tensor:
-        """query (B,N,D), reference (B,N,V,2) or (B,N,V,4), tokens (B,S,D), padding (B,S) -> (B,N,D)."""
+        """query (B,N,D), reference (B,N,V,2), a point, or (B,N,V,4), a box, in fractions of each level's padded map,
+        tokens (B,S,D), padding (B,S) -> (B,N,D)."""
         B, N, _ = query.shape
         # Padding is set to 0 after the projection, so that not even its bias is seen there.
         value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)                            # (B, S, D)
@@ -241,12 +249,13 @@ class DeformableAttention(nn.Module):
         weights = weights.view(offsets.shape[:-1])                                                # (B, N, heads, V, P)
         anchor = reference[:, :, None, :, None]                                                   # (B, N, 1, V, 1, .)
         if anchor.shape[-1] == 2:   # a point: offsets count in cells of the level
-            # non_blocking: torch.tensor(..., device='cuda') would make the CPU wait for the GPU, in every layer.
+            # non_blocking: torch.tensor(..., device='cuda') would make the CPU wait for the GPU, in each layer.
             cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype).to(offsets.device, non_blocking=True)
             locations = anchor + offsets / cells[:, None]                                     # (B, N, heads, V, P, 2)
         else:                       # a box: at the start, the P-th point in each direction lies on its border
             locations = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
-        return self.output_proj(deformable_attention(value.unflatten(-1, (self.heads, -1)), shapes, locations, weights))
+        value = value.unflatten(-1, (self.heads, -1))                                              # (B, S, heads, d)
+        return self.output_proj(deformable_attention(value, shapes, locations, weights))
 
 
 class GroupSelfAttention(nn.Module):
@@ -264,26 +273,28 @@ class GroupSelfAttention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, content: Tensor, position: Tensor, groups: Sequence[int], denoising: int = 0) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor, groups: Sequence[int], denoising_groups: int = 0) -> Tensor:
         """content, position (B,N,D), groups: sizes -> (B,N,D). Position is no part of the value.
 
-        What the sizes leave over at the end of the row are denoising queries, in `denoising` groups of R. They see
-        their own denoising group and the detector's queries, the first group; no other query sees them, since they know
-        the answer. (DINO has one group of matching queries, and they see it; further ones are hidden here.)
+        What the sizes leave over at the end of the row are denoising queries, in groups of R. Each sees its own
+        denoising group and the first group, the detector's. (In DINO they see all matching queries, which are one
+        group; here only the first of several.) No matching query sees them, since they know the answer.
         """
-        (B, _, D), matching = content.shape, sum(groups)
+        B, _, D = content.shape
+        matching = sum(groups)
         q, k = F.linear(content + position, self.in_proj.weight[:2 * D], self.in_proj.bias[:2 * D]).chunk(2, -1)
         v = F.linear(content, self.in_proj.weight[2 * D:], self.in_proj.bias[2 * D:])                   # (B, N, D) each
         if len(set(groups)) == 1:   # one attention with G times the batch
             folded = (x[:, :matching].unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v))   # (B*G, n, D)
             out = [self.attend(*folded).view(B, matching, D)]
         else:
-            out = [self.attend(*qkv) for qkv in zip(*(x[:, :matching].split(groups, 1) for x in (q, k, v)))]
-        if denoising:
-            own = [x[:, matching:].unflatten(1, (denoising, -1)) for x in (q, k, v)]            # (B, denoising, R, D)
-            first = [x[:, None, :groups[0]].expand(-1, denoising, -1, -1) for x in (k, v)]      # (B, denoising, n, D)
-            seen = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own[1:], first))       # (B*denoising, R+n, D)
-            out.append(self.attend(own[0].flatten(0, 1), *seen).view(B, -1, D))
+            parts = [x[:, :matching].split(groups, 1) for x in (q, k, v)]                  # of each group (B, n, D)
+            out = [self.attend(*of_group) for of_group in zip(*parts)]
+        if denoising_groups:   # below, X of them
+            own_q, *own_kv = (x[:, matching:].unflatten(1, (denoising_groups, -1)) for x in (q, k, v))   # (B, X, R, D)
+            first_kv = (x[:, None, :groups[0]].expand(-1, denoising_groups, -1, -1) for x in (k, v))     # (B, X, n, D)
+            seen_kv = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own_kv, first_kv))             # (B*X, R+n, D)
+            out.append(self.attend(own_q.flatten(0, 1), *seen_kv).view(B, -1, D))
         return self.out_proj(torch.cat(out, 1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -315,7 +326,7 @@ class EncoderLayer(nn.Module):
         self.attention, self.norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
         self.dropout, self.ffn = nn.Dropout(dropout), FeedForward(width, ffn, dropout)
 
-    def forward(self, tokens, position, reference, shapes, padding):
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes, padding: Tensor) -> Tensor:
         """tokens, position (B,S,D), reference (B,S,V,2) -> (B,S,D). Position goes into the query, never the value."""
         attended = self.attention(tokens + position, reference, tokens, shapes, padding)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
@@ -330,19 +341,21 @@ class DecoderLayer(nn.Module):
         self.cross_attention, self.cross_norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
         self.dropout, self.ffn = nn.Dropout(dropout), FeedForward(width, ffn, dropout)
 
-    def forward(self, content, position, groups, denoising, reference, tokens, shapes, padding):
+    def forward(self, content: Tensor, position: Tensor, groups: Sequence[int], denoising_groups: int,
+                reference: Tensor, tokens: Tensor, shapes, padding: Tensor) -> Tensor:
         """content, position (B,N,D), reference (B,N,V,4), tokens (B,S,D) -> (B,N,D).
 
         Only self-attention lets queries see each other. It is what makes one of two equal queries give way, so a
         group whose assignment is one-to-one has to be alone in it.
         """
-        content = self.self_norm(content + self.dropout(self.self_attention(content, position, groups, denoising)))
+        attended = self.self_attention(content, position, groups, denoising_groups)
+        content = self.self_norm(content + self.dropout(attended))
         attended = self.cross_attention(content + position, reference, tokens, shapes, padding)
         return self.ffn(self.cross_norm(content + self.dropout(attended)))
 
 
 def clones(module: nn.Module, n: int) -> nn.ModuleList:
-    """n copies, equal until `reset_parameters`."""
+    """n copies with parameters of their own, which start equal unless `reset_parameters` draws them anew."""
     return nn.ModuleList(copy.deepcopy(module) for _ in range(n))
 
 
@@ -359,7 +372,7 @@ class HybridDETR(nn.Module):
     softmax=True: one more column in the decoder's class heads, "no object", for DETR's cross-entropy.
     width: a multiple of 32 (GroupNorm) and of heads.
     backbone: 'tiny' or a name for `Backbone`; frozen_backbone: see there.
-    The attribute checkpoint_activations=True saves memory in training: see `run`.
+    The attribute checkpoint_activations=True saves memory in training: see `call_layer`.
     Raises ValueError for an unknown selection, fusion or backbone.
     """
 
@@ -378,12 +391,12 @@ class HybridDETR(nn.Module):
         self.look_forward_twice, self.separate_attention = look_forward_twice, separate_attention
         self.backbone = TinyBackbone() if backbone == 'tiny' else Backbone(backbone, frozen_backbone)
         channels = self.backbone.channels
-        # Levels beyond the backbone's three: stride-2 convolutions, the first on its last map, each later one on the
-        # level before.
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels[v], width, 1) if v < len(channels) else
-                          nn.Conv2d(channels[-1] if v == len(channels) else width, width, 3, 2, 1),
-                          nn.GroupNorm(32, width)) for v in range(levels))
+        # Every level gets the width D. Those beyond the backbone's three come from stride-2 convolutions, the first on
+        # its last map, each later one on the level before.
+        convolutions = [nn.Conv2d(c, width, 1) for c in channels[:levels]]
+        for c in [channels[-1], *[width] * levels][:levels - len(convolutions)]:
+            convolutions.append(nn.Conv2d(c, width, 3, stride=2, padding=1))
+        self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, width)) for conv in convolutions)
         self.level_embed = nn.Parameter(torch.empty(levels, width))
         self.encoder = clones(EncoderLayer(width, heads, levels, points, ffn, dropout), encoder_layers)
         # How many maps each projection of the memory fusion joins.
@@ -398,9 +411,11 @@ class HybridDETR(nn.Module):
         # Content of a denoising query: its class; the last row, zero, is for empty slots.
         self.denoising_content = nn.Embedding(num_classes + 1, width, padding_idx=num_classes) if denoising else None
         class_head = nn.Linear(width, num_classes)
+        # "No object" is the decoder's only: the encoder ranks its tokens by a sigmoid.
+        decoder_class_head = nn.Linear(width, num_classes + 1) if softmax else class_head
         box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                                  nn.Linear(width, 4))
-        self.class_heads = clones(nn.Linear(width, num_classes + 1) if softmax else class_head, decoder_layers)
+        self.class_heads = clones(decoder_class_head, decoder_layers)
         self.box_heads = clones(box_head, decoder_layers)
         encoder_heads = 1 if selection == 'ranks' else len(groups)
         self.encoder_class_heads = clones(class_head, encoder_heads)
@@ -429,14 +444,15 @@ class HybridDETR(nn.Module):
         nn.init.normal_(self.level_embed)
         if self.query_content is not None:
             nn.init.normal_(self.query_content)
-        # The groups' heads see the same tokens and targets: if they started equal, they would stay equal for ever.
+        # Equal encoder heads would stay equal for ever in Group DETR, where they see the same tokens and targets: all
+        # but the first are drawn anew. The decoder's may start equal, as each sees another layer.
         for head in (*self.encoder_class_heads[1:], *self.encoder_box_heads[1:]):
             for module in head.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
         for head in (*self.class_heads, *self.encoder_class_heads):
             nn.init.constant_(head.bias, math.log(0.01 / 0.99))   # before the sigmoid
-            nn.init.zeros_(head.bias[self.num_classes:])   # with softmax, "no object" has the logit 0
+            nn.init.zeros_(head.bias[self.num_classes:])   # "no object" has the logit 0; without softmax this is empty
         for head in (*self.box_heads, *self.encoder_box_heads):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
@@ -446,7 +462,7 @@ class HybridDETR(nn.Module):
 
         In train() every group of the row runs, in eval() only the first; `group` asks for a single other one.
         noised: `matchers.Denoising`, whose queries follow at the end of the row.
-        Raises ValueError if the image has fewer tokens than queries to choose from them.
+        Raises ValueError if the images have fewer tokens than there are queries to choose.
         """
         if group is None and not self.training:
             group = 0
@@ -455,28 +471,33 @@ class HybridDETR(nn.Module):
         where = geometry(padding_mask, shapes, self.level_embed)
         tokens = self.encode(tokens, where)
 
-        # The queries: first stage. What a later group may choose depends on the earlier ones, so all up to it propose.
+        # The queries: first stage. All groups up to the wanted one propose: it may get what the earlier ones leave.
         sizes = self.groups if group is None else self.groups[:group + 1]
         encoder_logits, box_logits = self.propose(tokens, where, len(sizes))                            # (B, E, S, .)
-        boxes, end = self.select(encoder_logits, box_logits, sizes), sum(sizes)
+        chosen, end = self.select(encoder_logits, box_logits, sizes), sum(sizes)               # (B, n, 4) of each group
         if group is not None:   # only the last of them goes on
-            boxes, sizes = boxes[-1:], sizes[-1:]
-        n = sum(sizes)
-        boxes = torch.cat(boxes if noised is None else [*boxes, noised.boxes], 1)                       # (B, N, 4)
+            chosen, sizes = chosen[-1:], sizes[-1:]
+        matching = sum(sizes)   # the row without denoising queries
+        boxes = torch.cat(chosen if noised is None else [*chosen, noised.boxes], 1)                     # (B, N, 4)
+        # Each of the 4 numbers of a box becomes D/2 sines and cosines, (B, N, 2D) together, of which a projection makes
+        # where a query looks from (position) and what it asks for (content).
         position, content = self.position_proj(sine_code(boxes, tokens.shape[-1] // 2)).chunk(2, -1)    # (B, N, D) each
+        content = content[:, :matching]   # denoising queries have a content of their own
         if self.query_content is not None:   # mixed query selection: position from the image, content learned
-            content = self.query_content[end - n:end].expand(len(boxes), -1, -1)
+            content = self.query_content[end - matching:end].expand(len(images), -1, -1)         # (B, matching, D)
         if noised is not None:
-            content = torch.cat([content[:, :n], self.denoising_content(noised.labels)], 1)
+            content = torch.cat([content, self.denoising_content(noised.labels)], 1)                    # (B, N, D)
         # The predictions: second stage.
-        pred_logits, pred_boxes = self.decode(boxes, content, position, sizes if self.separate_attention else (n,),
-                                              0 if noised is None else noised.groups, tokens, where)
+        seen = sizes if self.separate_attention else (matching,)   # then all are one group
+        pred_logits, pred_boxes = self.decode(boxes, content, position, seen, 0 if noised is None else noised.groups,
+                                              tokens, where)
+        # The encoder's are one more "layer", whose row holds the tokens of each group one after the other.
         return Outputs(pred_logits, pred_boxes, encoder_logits.flatten(1, 2)[None],
                        box_logits.sigmoid().flatten(1, 2)[None])
 
-    def run(self, layer: nn.Module, *inputs):
-        """Call a layer of encoder or decoder; with checkpoint_activations, backward computes what is inside once more
-        instead of keeping it. The sampled values of deformable attention are most of what a training step keeps."""
+    def call_layer(self, layer: nn.Module, *inputs):
+        """Call a layer of encoder or decoder. With checkpoint_activations, training keeps only its inputs, and backward
+        computes the layer again: less memory, more time. What is kept otherwise is mostly sampled values."""
         if self.checkpoint_activations and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -484,12 +505,12 @@ class HybridDETR(nn.Module):
     def pyramid(self, images: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
         """Backbone maps projected to one width and flattened, fine levels first: (B,3,H,W) -> (B,S,D), V x (h,w)."""
         maps = self.backbone(images)
-        levels = [project(x) for project, x in zip(self.input_proj, maps)]                          # (B, D, h, w) each
+        projected = [project(x) for project, x in zip(self.input_proj, maps)]                       # (B, D, h, w) each
         x = maps[-1]
         for project in self.input_proj[len(maps):]:
             x = project(x)
-            levels.append(x)
-        return torch.cat([m.flatten(2).transpose(1, 2) for m in levels], 1), [tuple(m.shape[2:]) for m in levels]
+            projected.append(x)
+        return torch.cat([m.flatten(2).transpose(1, 2) for m in projected], 1), [tuple(m.shape[2:]) for m in projected]
 
     def encode(self, tokens: Tensor, where: Geometry) -> Tensor:
         """The encoder, and the memory fusion of Stable-DINO §3: (B,S,D) -> (B,S,D).
@@ -501,10 +522,12 @@ class HybridDETR(nn.Module):
         dense   [F_0, F_1, ..., F_last], the paper's default
         ulike is a reading: the figure draws four layers, and the released code has none. With two layers it is simple.
         """
+        # Centres are fractions of the image, and attention samples at fractions of a level's padded map: the ratio
+        # turns one into the other. It differs from level to level, since a map has whole cells.
         reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
         outputs, last = [tokens], len(self.encoder)
         for l, layer in enumerate(self.encoder, 1):
-            tokens = self.run(layer, tokens, where.position, reference, where.shapes, where.padding)
+            tokens = self.call_layer(layer, tokens, where.position, reference, where.shapes, where.padding)
             if self.fusion == 'ulike' and 2 * l > last:   # the second half
                 tokens = self.fusions[last - l](torch.cat([tokens, outputs[last - l]], -1))
             outputs.append(tokens)
@@ -514,34 +537,34 @@ class HybridDETR(nn.Module):
             tokens = self.fusions[0](torch.cat(outputs, -1))
         return tokens
 
-    def propose(self, tokens: Tensor, where: Geometry, groups: int) -> tuple[Tensor, Tensor]:
+    def propose(self, tokens: Tensor, where: Geometry, n_groups: int) -> tuple[Tensor, Tensor]:
         """Every token proposes, in scores and boxes before the sigmoid: (B,S,D) -> (B,E,S,C), (B,E,S,4).
 
-        E = groups, or 1 if one pair of heads ranks for all. Every token learns to propose, chosen or not: this is the
-        encoder's own loss, which changes only where groups have heads of their own (matchers.encoder_groups).
+        E = n_groups, or 1 if one pair of heads ranks for all. Every token learns to propose, chosen or not: this is the
+        encoder's own loss, the same for every scheme unless groups have heads of their own (matchers.encoder_groups).
         Tokens that are ruled out enter as 0 and have the box logits +inf: they share one score and the box (1,1,1,1),
         stay in the loss as background, and may even be chosen if nothing better is left (official code).
         """
         initial = initial_boxes(where)                                                                  # (B, S, 4)
         features = self.proposal_proj(tokens.masked_fill(initial[..., :1].isinf(), 0.0))                # (B, S, D)
-        with torch.autocast(tokens.device.type, enabled=False):   # in bfloat16 many scores tie, and chance would rank
+        # Scores at least in float32: in bfloat16 many tie, and chance would rank.
+        with torch.autocast(tokens.device.type, enabled=False):
             exact = features.to(torch.promote_types(features.dtype, torch.float32))
-            logits = torch.stack([head(exact) for head in self.encoder_class_heads[:groups]], 1)
-        box_logits = torch.stack([head(features) for head in self.encoder_box_heads[:groups]], 1) + initial[:, None]
+            logits = torch.stack([head(exact) for head in self.encoder_class_heads[:n_groups]], 1)
+        box_logits = torch.stack([head(features) for head in self.encoder_box_heads[:n_groups]], 1) + initial[:, None]
         return logits, box_logits
 
     def select(self, logits: Tensor, box_logits: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Two-stage: the tokens with the best scores become the queries: -> boxes (B,n,4) of each group, detached.
 
-        Detached: the boxes could pass a gradient on, but the decoder's losses stop here. The encoder's own loss, on all
-        tokens, trains them.
-        'ranks': one head, whose ranks 1, 2, 3, ... fill the row. The first group gets the best proposals, the others
-        what is left; H-DETR App. D finds here why K=1 is worse than the baseline: ranks 301-600 are badly placed.
-        'heads': each group takes the best of a head of its own, and starts as well as the first (Group DETR A.2).
-        'distinct': the same without the tokens that an earlier group has taken (H-DETR App. D, for K=1; the paper has
-        separate classification heads only, here a group's head is a pair of class and box head as in Group DETR).
+        Detached: the decoder's losses do not train the proposals; the encoder's own loss, on all tokens, does.
+        'ranks': one head. The first group gets its ranks 1 to n, the next group those that follow, and so on. H-DETR
+        App. D finds the boxes of ranks 301-600 badly placed, and takes this as the reason why K = 1 does not help.
+        'heads': each group takes the best of a head of its own, so that all start equally well (Group DETR A.2).
+        'distinct': as 'heads', without the tokens that an earlier group has taken (H-DETR App. D, for K = 1; there only
+        the class heads are separate, here each group has a pair of class and box head, as in Group DETR).
         """
-        scores = logits[..., 0]                                                                         # (B, E, S)
+        scores = logits[..., 0]   # "object or not": the encoder trains with all labels 0                  (B, E, S)
         wanted = sum(sizes) if self.selection != 'heads' else max(sizes)
         if wanted > scores.shape[2]:
             raise ValueError(f'the image has {scores.shape[2]} tokens, too few to choose {wanted} queries from: '
@@ -555,31 +578,36 @@ class HybridDETR(nn.Module):
                 chosen.append((e, top))
                 if self.selection == 'distinct':
                     taken = taken.scatter(1, top, True)
-        return [box_logits[:, e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid() for e, top in chosen]
+        # Rows `top` (B, n) of box_logits[:, e] (B, S, 4).
+        return [box_logits[:, e].take_along_dim(top[..., None], 1).detach().sigmoid() for e, top in chosen]
 
-    def decode(self, boxes, content, position, groups, denoising, tokens, where) -> tuple[Tensor, Tensor]:
+    def decode(self, boxes: Tensor, content: Tensor, position: Tensor, groups: Sequence[int], denoising_groups: int,
+               tokens: Tensor, where: Geometry) -> tuple[Tensor, Tensor]:
         """Iterative refinement (Deformable DETR): every layer moves the boxes -> (L,B,N,C), (L,B,N,4).
 
-        boxes (B,N,4), content and position (B,N,D), groups and denoising as in GroupSelfAttention, tokens (B,S,D).
-        Each layer has heads of its own, and the position code stays that of the proposal.
+        boxes (B,N,4), content and position (B,N,D), both groups as in GroupSelfAttention, tokens (B,S,D).
+        Each layer has heads of its own. The position code stays that of the proposal (official code; DINO computes it
+        anew from the boxes of the layer before).
 
-            box_l  = sigmoid(shift_l + sigmoid^-1(box_(l-1)))   with box_(l-1) detached: where layer l + 1 samples
-            pred_l = the same number, but box_(l-1) not detached, so that its loss also reaches head l-1, and no head
-                     further back (look forward twice, DINO); without the switch pred_l = box_l
+            box_l  = sigmoid(shift_l + sigmoid^-1(box_(l-1)))   box_(l-1) detached, `reference`: where layer l samples
+            pred_l = the same number, but box_(l-1) not detached, `previous`, so that its loss also reaches head l-1,
+                     and no head further back (look forward twice, DINO); without the switch pred_l = box_l
         """
         pred_logits, pred_boxes = [], []
+        # Fractions of the image -> of each level's padded map (see `encode`), for centre and size.
         ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                   # (B, 1, V, 4)
-        reference = previous = boxes
+        reference = previous = boxes   # the last boxes twice: without any gradient, and with that of one head
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
-            content = self.run(layer, content, position, groups, denoising, reference[:, :, None] * ratios, tokens,
-                               where.shapes, where.padding)
+            in_maps = reference[:, :, None] * ratios                                                # (B, N, V, 4)
+            content = self.call_layer(layer, content, position, groups, denoising_groups, in_maps, tokens, where.shapes,
+                                      where.padding)
             shift = box_head(content)
             pred_logits.append(class_head(content))
             pred_boxes.append((shift + inverse_sigmoid(previous)).sigmoid())
             refined = (shift + inverse_sigmoid(reference)).sigmoid()
             reference = refined.detach()
             previous = refined if self.look_forward_twice else reference
-        return torch.stack(pred_logits), torch.stack(pred_boxes)
+        return torch.stack(pred_logits), torch.stack(pred_boxes)                                    # (L, B, N, .)
 
 
 # --- Checkpoints of HDETR/H-Deformable-DETR -------------------------------------------------------------------------
@@ -685,20 +713,22 @@ def demonstrate() -> None:
     tokens, shapes = model.pyramid(images)
     where = geometry(padding_mask, shapes, model.level_embed)
     encoded = model.encode(tokens, where)
-    logits, box_logits = model.propose(encoded, where, groups=2)
+    logits, box_logits = model.propose(encoded, where, n_groups=2)
     first, second = model.select(logits, box_logits, model.groups)
-    trained, kept = model(images, padding_mask), model.eval()(images, padding_mask)
+    in_training = model(images, padding_mask)
+    at_inference = model.eval()(images, padding_mask)
     print(f'2 images, C = 5 classes, groups of {model.groups} queries, levels of {", ".join(map(str, shapes))} cells\n')
     for what, letters, x in (
             ('images', 'B 3 H W', images), ('pyramid: backbone, one width', 'B S D', tokens),
             ('encoder', 'B S D', encoded), ('proposals: scores of each token', 'B E S C', logits),
             ('proposals: boxes', 'B E S 4', box_logits), ('the best become queries', 'B n 4', first),
-            ('and the next best, for group two', 'B T 4', second),
-            ('decoder in train(): scores', 'L B N C', trained.pred_logits), ('boxes', 'L B N 4', trained.pred_boxes),
-            ('decoder in eval(): one group', 'L B n 4', kept.pred_boxes)):
+            ('and the next best, for group two', 'B n 4', second),
+            ('decoder in train(): scores', 'L B N C', in_training.pred_logits),
+            ('boxes', 'L B N 4', in_training.pred_boxes),
+            ('decoder in eval(): one group', 'L B n 4', at_inference.pred_boxes)):
         print(f'{what:36}{letters:10}{tuple(x.shape)}')
     model.query_content[4:] += 1.0
-    moved = (model.train()(images, padding_mask).pred_logits - trained.pred_logits).abs()
+    moved = (model.train()(images, padding_mask).pred_logits - in_training.pred_logits).abs()
     print(f'\nWith other content in group two, its scores move by up to {moved[:, :, 4:].max():.2f}, and those of '
           f'group one by {moved[:, :, :4].max():g}.')
 

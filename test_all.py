@@ -1635,6 +1635,12 @@ class TestGroups(unittest.TestCase):
     def test_too_few_tokens(self):
         with self.assertRaisesRegex(ValueError, 'tokens'):
             tiny_model((500,))(self.images, self.mask)
+        few, categories = data.ShapesDataset('val', 1, 64), list(range(1, 7))
+        for call in (lambda *args: evaluation.detect(*args, batch_size=1, workers=0), evaluation.unstable_score,
+                     lambda *args: evaluation.draw_predictions(*args, 'no.png'),
+                     lambda *args: evaluation.draw_matches(*args, 'no.png', 0)):
+            with self.assertRaisesRegex(data.UserError, 'shapes/val/0: .*tokens'), quiet():
+                call(tiny_model((500,)), few, categories)
 
 
 class TestDenoising(Close, unittest.TestCase):
@@ -2018,7 +2024,9 @@ class TestDenseOneToOne(unittest.TestCase):
             kinds.add((sample.name.count('mosaic'), sample.name.count('mixed')))
         self.assertEqual(kinds, {(0, 0), (1, 0), (0, 1), (1, 1), (2, 1)})
         torch.set_rng_state(state)
-        dense[1, 0, True]
+        with unittest.mock.patch('torch.manual_seed') as seed:   # which would seed the GPUs, too
+            [dense[1, index, True] for index in range(5)]
+        seed.assert_not_called()
         self.assertTrue(torch.equal(torch.get_rng_state(), state), "the process's own generator must be left alone")
         self.assertFalse(all(dense[1, i, True].name == other[1, i, True].name for i in range(5)))
         self.assertFalse(all(dense[1, i, True].name == dense[2, i, True].name for i in range(5)))
@@ -2094,18 +2102,18 @@ class TestDenseOneToOne(unittest.TestCase):
         self.assertLess(min(counts), 8, 'no small box was ever removed')
 
     def test_schedule(self):
-        whole = list(data.train_batches(10, 4, 12, seed=1, dense=(0.25, 0.75)))
+        whole = list(data.train_batches(10, 4, 12, seed=1, dense_part=(0.25, 0.75)))
         self.assertEqual([{dense for _, _, dense in batch} for batch in whole],
                          [{False}] * 3 + [{True}] * 6 + [{False}] * 3)
         self.assertEqual([[key[:2] for key in batch] for batch in whole], list(data.train_batches(10, 4, 12, seed=1)))
-        self.assertEqual(list(data.train_batches(10, 4, 12, seed=1, start=5, dense=(0.25, 0.75))), whole[5:])
-        halves = [list(data.train_batches(10, 2, 12, seed=1, rank=r, world=2, dense=(0.25, 0.75))) for r in (0, 1)]
+        self.assertEqual(list(data.train_batches(10, 4, 12, seed=1, start=5, dense_part=(0.25, 0.75))), whole[5:])
+        halves = [list(data.train_batches(10, 2, 12, seed=1, rank=r, world=2, dense_part=(0.25, 0.75))) for r in (0, 1)]
         self.assertEqual([a + b for a, b in zip(*halves)], whole)
-        self.assertEqual(sum(batch[0][2] for batch in data.train_batches(10, 1, 60, dense=data.DENSE)), 30)
+        self.assertEqual(sum(batch[0][2] for batch in data.train_batches(10, 1, 60, dense_part=data.DENSE)), 30)
 
     def test_resumed_and_parallel_batches_are_equal(self):
         dense = data.DenseOneToOne(data.ShapesDataset(length=9, size=32), 32)
-        whole, resumed, parallel = (list(data.train_loader(dense, 3, 4, workers, start=start, dense=(0.25, 1)))
+        whole, resumed, parallel = (list(data.train_loader(dense, 3, 4, workers, start=start, dense_part=(0.25, 1)))
                                     for workers, start in ((0, 0), (0, 2), (2, 0)))
         for a, b in [*zip(whole[2:], resumed, strict=True), *zip(whole, parallel, strict=True)]:
             self.assertTrue(torch.equal(a.images, b.images))
@@ -2174,7 +2182,7 @@ class TestDenseGolden(unittest.TestCase):
         self.assertTrue(torch.equal(torch.cat([s.labels for s in mixed]), golden('labels')))
         self.assertEqual([len(s.boxes) for s in mixed], golden('counts').tolist())
         # An epoch of one image, from epoch 4 of 58 to 29.
-        batches = [batch[0][2] for batch in data.train_batches(1, 1, 58, dense=(4 / 58, 29 / 58))]
+        batches = [batch[0][2] for batch in data.train_batches(1, 1, 58, dense_part=(4 / 58, 29 / 58))]
         self.assertEqual([int(batches[epoch]) for epoch in (0, 3, 4, 28, 29, 40)],
                          golden('active_at_epochs_0_3_4_28_29_40').tolist())
 
@@ -2312,7 +2320,7 @@ class TestBadInput(unittest.TestCase):
 
     def test_images_turned_by_their_camera(self):
         exif = Image.Exif()
-        exif[data.ORIENTATION] = 6
+        exif[0x0112] = 6
         Image.new('RGB', (40, 60), 'red').save(self.root / 'train2017' / '0.png', exif=exif)   # annotated as 60 x 40
         _, samples, _ = self.open()
         self.assertEqual(samples[0].image.shape, (3, 40, 60))
@@ -2524,7 +2532,7 @@ class TestMeasures(unittest.TestCase):
 
     def test_unstable_score_names_the_image_that_is_not_finite(self):
         model = FixedModel(FixedImages.boxes.repeat(2, 1), torch.arange(4), torch.full((2, 4, 4), torch.nan))
-        with self.assertRaisesRegex(data.UserError, 'image 0: .*decoder layer 0 are not finite'):
+        with self.assertRaisesRegex(data.UserError, 'decoder layer 0 are not finite.*; the images are image 0'):
             evaluation.unstable_score(model, FixedImages(), [1, 2, 3])
 
     def test_precision_recall_curve(self):
@@ -2577,6 +2585,11 @@ class TestMeasures(unittest.TestCase):
         image = np.array(Image.open(folder / 'layers.png').convert('RGB')).astype(int)
         column = np.abs(image[100:, round((130 + 1420 * 1 / 2) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # at layer 2 of 3
         self.assertAlmostEqual((1060 - 2 * (column.nonzero()[0] + 100).mean()) / 890 * 60, 30, delta=1)
+        with self.assertRaisesRegex(data.UserError, 'one2one: its runs differ in the number of decoder'), quiet():
+            file = folder / 'one2one-1' / 'metrics.jsonl'
+            file.write_text(file.read_text().replace('[40, 30, 20]', '[40, 30]'))
+            evaluation.main(['--compare', str(folder / 'one2one-0'), str(folder / 'one2one-1'), '--unstable-curves',
+                             str(folder / 'layers.png')])
         (folder / 'group-1' / 'metrics.jsonl').write_text('')
         for flags, message in ((runs, 'group: its runs have no evaluat'), ([str(folder)], 'metrics.jsonl does not')):
             with self.assertRaisesRegex(data.UserError, message), quiet():
@@ -2957,8 +2970,9 @@ class TestCommands(unittest.TestCase):
             model.eval()   # batch norm
             model.training = True
             parts[accumulate], _ = train.loss_of(model, batch, settings, 0.0, 5.0)
-        self.assertAlmostEqual(float(parts[1]['class'] / parts[2]['class']), 2, places=4)
-        self.assertAlmostEqual(float(parts[1]['l1'] / parts[2]['l1']), 1, places=5)
+            parts[accumulate] = {name: part.item() for name, part in parts[accumulate].items()}
+        self.assertAlmostEqual(parts[1]['class'] / parts[2]['class'], 2, places=4)
+        self.assertAlmostEqual(parts[1]['l1'] / parts[2]['l1'], 1, places=5)
 
     def test_switches_reach_the_computation(self):
         seen = {}

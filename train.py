@@ -146,7 +146,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
 
     dense = DENSE if isinstance(train_set, DenseOneToOne) else None
     loader = iter(train_loader(train_set, batch_size, steps * accumulate, machine.workers, settings['seed'],
-                               start * accumulate, rank, world, pin=device.type == 'cuda', dense=dense))
+                               start * accumulate, rank, world, pin=device.type == 'cuda', dense_part=dense))
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 30)
     recent, since = [], time.perf_counter()
