@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     names: list[str]
 
     def to(self, device) -> 'Batch':
-        """The same batch on `device`; the copies run beside the computation if the batch lies in pinned memory."""
+        """The same batch on `device`; the CPU does not wait for the copies if the batch lies in pinned memory."""
         def move(x):
             return [move(y) for y in x] if isinstance(x, list) else x.to(device, non_blocking=True)
         return Batch(*(move(x) for x in self[:4]), *self[4:])

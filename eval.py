@@ -812,9 +812,9 @@ def spread(values: list[float]) -> str:
 class BenchmarkRow:
     """A model in training, and what its steps took.
 
-    given: flags of train.py, and `checkpoint_activations`, or `published`, the name of the row that it is compared
-    with, for H-DETR's released way: a mask in self-attention, deformable attention as it is written there in PyTorch,
-    its loss, and an optimizer that is not fused.
+    given: flags of train.py; `checkpoint_activations`; or `published`, for H-DETR's released way: a mask in
+    self-attention, deformable attention as it is written there in PyTorch, its loss, and an optimizer that is not
+    fused. The value of `published` is the row that has the same scheme as it is written here.
     """
 
     def __init__(self, given: dict, num_classes: int, device: torch.device, amp: bool):
@@ -854,17 +854,11 @@ class BenchmarkRow:
     def step(self, batch) -> None:
         """A training step and an inference. The memory is the peak of a step above what was there before."""
         num_boxes, on_cuda = float(sum(map(len, batch.gt_boxes))), self.device.type == 'cuda'
-        first = not self.clock.rounds   # the round that warms up, and does not count
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-        elif first:   # in a step of its own, which counting slows
-            self.clock.start()
-            with PeakMemory() as counted:
-                self.loss(batch, num_boxes).backward()
-            self.memory = counted.peak
-            self.optimizer.zero_grad(set_to_none=True)
-            self.clock.rounds.clear()
+        elif not self.memory:
+            self.memory = self.counted_memory(batch, num_boxes)
         self.clock.start()
         self.loss(batch, num_boxes).backward()
         self.clock.tick('backward')
@@ -872,7 +866,7 @@ class BenchmarkRow:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.tick('optimizer')
-        if on_cuda and not first:   # the first step makes the optimizer's moments, too
+        if on_cuda and len(self.clock.rounds) > 1:   # the first step makes the optimizer's moments, too
             self.memory = max(self.memory, torch.cuda.max_memory_allocated(self.device) - before)
         with (self.patches(), torch.inference_mode(),
               torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)):
@@ -880,6 +874,17 @@ class BenchmarkRow:
             self.model.eval()(batch.images, batch.padding_mask)
             self.inference.tick('image')
         self.model.train()
+
+    def counted_memory(self, batch, num_boxes: float) -> int:
+        """The peak of a step by PeakMemory, in a step of its own, since counting slows it. Not of a compiled one: torch
+        does not compile what is watched like this."""
+        clock, self.clock = self.clock, Clock(self.device)   # what this step takes does not count
+        self.clock.start()
+        with torch.compiler.set_stance('force_eager'), PeakMemory() as counted:
+            self.loss(batch, num_boxes).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clock = clock
+        return counted.peak
 
     def gflops(self, batch) -> float:
         """Of the forward of an image in training, without the samples of deformable attention (torch counts none)."""
@@ -907,15 +912,15 @@ def benchmark_rows(kind: str, tiny: bool) -> dict[str, dict]:
             'branch, checkpointed': dict(scheme='branch', checkpoint_activations=True),
             'branch, as published': dict(scheme='branch', published='branch'),
             'group, one head': dict(scheme='group', selection='ranks'),   # as published_loss has it
-            # Group DETR's code folds its groups into the batch: this is what a mask over them would cost.
-            'group, masked': dict(scheme='group', selection='ranks', published='group, one head')}
+            # Group DETR's code folds its groups into the batch, as is done here: this is what H-DETR's way would cost.
+            'group, that way': dict(scheme='group', selection='ranks', published='group, one head')}
 
 
 def benchmark(args: argparse.Namespace) -> None:
     """Print time and memory of training steps: in every round a step of each row, on the same batch, so that a slower
     moment of the machine slows all of them, and ratios within a round mean something."""
-    device, rows = torch.device(args.device), benchmark_rows(args.benchmark, args.model == 'tiny')
     import train   # not at the top: train imports this file
+    device, rows = torch.device(args.device), benchmark_rows(args.benchmark, args.model == 'tiny')
     amp = train.has_bfloat16(device) if args.amp is None else args.amp
     if args.compile:
         train.compile_attention(device)
@@ -940,8 +945,8 @@ def benchmark(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f'--model {args.model}: {error}') from None
 
-    # Loading alone, without a model that takes the cores: a step waits for it if it is slower than the step.
-    alone, loading = Clock(torch.device('cpu')), Clock(torch.device('cpu'))
+    # Loading alone, without a model that takes the cores; and how long the rounds wait for it.
+    alone, loading, waiting = (Clock(torch.device('cpu')) for _ in range(3))
     for index in range(200 if args.model == 'tiny' else 20):
         alone.start()
         dataset[0, index % len(dataset)]
@@ -954,7 +959,9 @@ def benchmark(args: argparse.Namespace) -> None:
 
     batches = iter(train_loader(dataset, batch_size, args.repeats + 1, args.workers, pin=device.type == 'cuda'))
     for _ in tqdm(range(args.repeats + 1), desc='rounds', disable=None):
+        waiting.start()
         batch = next(batches).to(device)
+        waiting.tick('batch')
         for row in rows.values():
             row.step(batch)
 
@@ -962,7 +969,8 @@ def benchmark(args: argparse.Namespace) -> None:
           f'{", bfloat16" * amp}; batches of {batch_size} images of {settings["image_size"]} pixels; {args.repeats} '
           f'rounds\n'
           f'data: {args.workers} workers load a batch in {np.mean(loading.seconds()):.3g} s, with nothing beside them; '
-          f'one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s')
+          f'one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s; a round waits '
+          f'{spread(waiting.seconds())} s for its batch')
     print_rows(rows, batch)
 
 
@@ -986,9 +994,10 @@ def print_rows(rows: dict[str, BenchmarkRow], batch) -> None:
         cells = [name, f'{parameters:.1f}', f'{row.gflops(batch):.1f}', spread(steps[name]), *of_stages,
                  f'{row.memory / 1e6:.0f}', spread(images), ratio(name, first), ratio(name, alike[0]) if alike else '']
         print(f'| {" | ".join(cells)} |')
-    print('step: forward to optimizer, median (fastest-slowest) of the rounds; GFLOPs: forward of an image in training '
-          'without deformable sampling;\nMB: peak of a step above what was allocated before it; images/s: inference '
-          'with the first group;\nepoch: its first part; deim: without mosaic, mixup and average')
+    print('step: forward to optimizer, median (fastest-slowest) of the rounds; GFLOPs: forward of an image in '
+          'training, two for a multiply-add,\nwithout deformable sampling; MB: peak of a step above what was allocated '
+          'before it (on a CPU without --compile);\nimages/s: inference of the first group, in the precision of '
+          'training, without picking the detections;\nepoch: its first part; deim: without mosaic, mixup and average')
     for name, row in rows.items():
         if row.published in rows:
             print(f'{name}: {ratio(name, row.published)} times the step of {row.published}')

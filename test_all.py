@@ -2535,6 +2535,26 @@ class TestMeasures(unittest.TestCase):
         with self.assertRaisesRegex(data.UserError, 'decoder layer 0 are not finite.*; the images are image 0'):
             evaluation.unstable_score(model, FixedImages(), [1, 2, 3])
 
+    def test_processes_share_the_images(self):
+        """Two processes with 4 and 3 of 7 images find together what one finds."""
+        model, images, shares = tiny_model((6,)), data.ShapesDataset('val', 7, 64), []
+
+        def detect():
+            return evaluation.detect(model, images, [1, 2, 3], batch_size=2, workers=0)
+
+        def gather(gathered, rows):
+            shares.append(rows)
+            gathered[:] = shares if len(shares) == 2 else [rows, rows]
+        with quiet():
+            whole = detect()
+            for rank in range(2):
+                with unittest.mock.patch.multiple(evaluation.dist, is_initialized=lambda: True, get_rank=lambda: rank,
+                                                  get_world_size=lambda: 2, all_gather_object=gather):
+                    together = detect()
+        self.assertEqual([len(set(rows[:, 0])) for rows in shares], [4, 3])
+        order = np.argsort(together[:, 0], kind='stable')
+        np.testing.assert_allclose(together[order], whole, atol=1e-3)
+
     def test_precision_recall_curve(self):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         truth = coco_json([(0, 1, 10, 10, 100, 50), (0, 1, 100, 100, 40, 40)])
@@ -2872,6 +2892,9 @@ class TestCommands(unittest.TestCase):
                 real = getattr(torch.Tensor, name)
                 patches.enter_context(unittest.mock.patch.object(
                     torch.Tensor, name, lambda x, *args, name=name, real=real: calls.append(name) or real(x, *args)))
+            move = torch.Tensor.to
+            patches.enter_context(unittest.mock.patch.object(torch.Tensor, 'to', lambda x, *args, **more: (
+                args[:1] == ('cpu',) and calls.append('to')) or move(x, *args, **more)))
             patches.enter_context(Operators())
             parts, _ = train.loss_of(model, batch, settings, 0.0, 5.0)
             sum(parts.values()).backward()
@@ -2994,7 +3017,7 @@ class TestCommands(unittest.TestCase):
         self.assertGreater(int((args[3].query >= 16).sum()), 0, 'denoising queries have their ground truths')
         self.assertEqual(seen['match'][0][-1], Cost('stable', 4, 0.25, True))
         self.assertEqual(seen['denoising_queries'][0][-1], 7)
-        self.assertEqual(seen['train_loader'][1]['dense'], data.DENSE)
+        self.assertEqual(seen['train_loader'][1]['dense_part'], data.DENSE)
         self.assertEqual(seen['update_average'][0][3], 0.5)
         self.assertEqual(args[0].pred_logits.shape[2], 16 + args[5][2].queries)
         seen.clear()
@@ -3176,7 +3199,7 @@ class TestCommands(unittest.TestCase):
         stats = {name: value.item() for name, value in stats.items()}
         self.assertAlmostEqual(stats['iou'], 0.6, places=6)
         self.assertAlmostEqual(stats['score'], 0.5, places=6, msg='the score of the matched class, not the largest')
-        self.assertAlmostEqual(stats['unmatched'], 1 / (1 + math.exp(-2)), places=6)
+        self.assertAlmostEqual(stats['best_unmatched'], 1 / (1 + math.exp(-2)), places=6)
         self.assertEqual((stats['matched'], stats['pairs']), (1, 2))
 
     def test_perfect_detections_have_ap_1(self):

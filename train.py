@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -46,13 +47,19 @@ TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine'
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
 OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # losses whose released code differs from the paper
-# 1 / (1 - decay) steps are averaged: 10,000 of DEIM's 440,000 (its code; warm-up of RT-DETRv2), 50 of tiny's 600.
-EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}   # tiny or not
+# About 1 / (1 - decay) steps are averaged: 10,000 of the 440,000 of DEIM (its code; the warm-up is that of its
+# RT-DETRv2), 50 of the 600 of tiny. The key: is the model tiny?
+EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, decoder_layers=6, levels=4)
 
-# The numbers of each scheme's row in matchers.query_groups: the papers' on COCO, and scaled down for `tiny`. The
-# papers give no K for one2many; it gets that of H-DETR's branch, and the queries of its other rows of 1800.
+# Stable-DINO and DEIM add no row to matchers.query_groups: what they change are switches, which go with every scheme.
+# A preset is one2one with the paper's. Both papers build on detectors with contrastive denoising (DINO, RT-DETRv2).
+PRESETS = {'stable': dict(cls_loss='stable', cost='stable', fusion='dense', denoising=100),
+           'deim': dict(cls_loss='mal', dense_o2o=True, schedule='flat-cosine', ema=True, denoising=100)}
+
+# The numbers of each row of query_groups: the papers' on COCO, and scaled down for `tiny`; of a preset, those of its
+# one2one. The papers give one2many no K: it has the 6 of branch, and the 1800 queries of epoch and layer.
 PAPER_ROWS = {'one2one': dict(n=300), 'branch': dict(n=300, T=1500, K=6, weight=1.0),
               'epoch': dict(n=1800, K=10, rho=2 / 3), 'layer': dict(n=1800, K=10, L1=4),
               'group': dict(n=300, G=11), 'one2many': dict(n=1800, K=6), 'stable': dict(n=300), 'deim': dict(n=300)}
@@ -69,11 +76,6 @@ CHOICES = {'selection': ('ranks', 'heads', 'distinct'), 'cls_loss': tuple(CLASS_
            'init_part': tuple(PARTS)}
 ROW_NUMBERS = ('n', 'T', 'K', 'weight', 'rho', 'L1', 'G')
 LOG_EVERY = 50   # steps
-
-# The papers that change no assignment are switches, which go with every scheme; a preset is one2one with the paper's.
-# Both were built on detectors with contrastive denoising (DINO, RT-DETRv2).
-PRESETS = {'stable': dict(cls_loss='stable', cost='stable', fusion='dense', denoising=100),
-           'deim': dict(cls_loss='mal', dense_o2o=True, schedule='flat-cosine', ema=True, denoising=100)}
 
 
 class Machine(NamedTuple):
@@ -95,24 +97,27 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
     torch.manual_seed(settings['seed'])
     train_set, val_set = open_data(settings)
     categories = {'ids': train_set.categories.ids, 'names': train_set.categories.names}
-    constant = must_stay(checkpoint, folder, categories, machine, len(train_set))
+    conditions = conditions_of(checkpoint, folder, categories, machine, len(train_set))
     model, average, optimizer, start = model_and_optimizer(settings, folder, checkpoint, len(categories['ids']), device)
-    model.checkpoint_activations, amp = machine.checkpoint_activations, constant['amp']
+    model.checkpoint_activations, amp = machine.checkpoint_activations, conditions['amp']
     parallel, evaluated = model, average or model   # what computes the gradients; what is evaluated and saved
     if world > 1:
+        # The others wait for the first process, which alone scores what all have detected, 10 minutes at most.
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
         parallel = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
 
     # How long, and how often.
     batch_size, accumulate = min(settings['batch_size'], len(train_set)), settings['accumulate']
-    step_size = batch_size * world * accumulate
-    steps_per_epoch = max(1, len(train_set) // step_size)   # rounded for the log; the loader leaves no image out
+    step_images = batch_size * world * accumulate
+    # An epoch here is a whole number of steps, rounded down (but one at least), in which --epochs and --eval-every
+    # count; the loader's own epochs leave no image out.
+    steps_per_epoch = max(1, len(train_set) // step_images)
     steps = settings['steps'] if 'steps' in settings else math.ceil(settings['epochs'] * steps_per_epoch)
     eval_every = math.ceil(settings['eval_every'] * steps_per_epoch if settings['eval_every'] else steps / 3)
     # About once an epoch, and only where the numbers were just looked at: a multiple of LOG_EVERY.
     save_every = LOG_EVERY * math.ceil(steps_per_epoch / LOG_EVERY)
     if rank == 0:
-        print(f'{folder}: steps {start} to {steps} of {step_size} images on {device}{" in bfloat16" * amp}, '
+        print(f'{folder}: steps {start} to {steps} of {step_images} images on {device}{" in bfloat16" * amp}, '
               f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
         describe_scheme(settings, len(model.decoder), epochs=steps / steps_per_epoch)
         if start >= steps:
@@ -131,10 +136,11 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
                 metrics['unstable'] = evaluation.unstable_score(evaluated, val_set, categories['ids'],
                                                                 settings['unstable'], evaluation.cost_of(settings))
             journal.write({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
+            text = (f'step {done}: AP {metrics["AP"]:.3f}, AP50 {metrics["AP50"]:.3f}, '
+                    f'{metrics["duplicates"]:.1%} duplicates{told}')
             if metrics.get('unstable'):
-                told += f', unstable score of the last layer {metrics["unstable"][-1]:.0f} %'
-            tqdm.write('step {}: AP {AP:.3f}, AP50 {AP50:.3f}, {duplicates:.1%} duplicates{}'
-                       .format(done, told, **metrics))
+                text += f', unstable score of the last layer {metrics["unstable"][-1]:.0f} %'
+            tqdm.write(text)
 
     # A run that was stopped after a checkpoint and before its evaluation catches up on it.
     due = start > 0 and (start % eval_every == 0 or start == steps)
@@ -160,8 +166,9 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
         torch.manual_seed((settings['seed'] * steps + step) * world + rank)
         batches = [next(loader) for _ in range(accumulate)]
-        # What divides the loss: the boxes of all images of the step, so that an empty image weighs nothing extra. The
-        # mean over the processes, whose gradients are averaged, too.
+        # What divides the loss: the boxes of the whole step, for which all its batches are fetched first. If each batch
+        # were divided by its own, a box in a crowded one would count less. The mean over the processes, since
+        # DistributedDataParallel takes the mean of their gradients.
         num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
         if world > 1:
             num_boxes = torch.full((), num_boxes / world, device=device)   # torch.tensor would wait for the GPU
@@ -170,7 +177,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
         optimizer.zero_grad(set_to_none=True)
         numbers = {}
         for i, batch in enumerate(batches):
-            if world > 1:   # processes exchange their gradients once a step
+            if world > 1:   # what no_sync() sets: processes exchange their gradients once a step
                 parallel.require_backward_grad_sync = i == accumulate - 1
             try:
                 parts, stats = loss_of(parallel, batch.to(device), settings, progress, num_boxes, amp)
@@ -187,26 +194,27 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
             update_average(average, model, done, settings['ema'], EMA[settings['model'] == 'tiny']['warmup'])
 
         # Kept on the device: reading a number after every step would make the CPU wait for it.
-        recent.append((step, numbers, [name for batch in batches for name in batch.names]))
+        recent.append(Step(step, numbers, [name for batch in batches for name in batch.names]))
         now_evaluate = done % eval_every == 0 or done == steps
-        if done % LOG_EVERY == 0 or now_evaluate or INTERRUPTS:
-            check_finite(recent, model, evaluated)   # before anything is saved
+        interrupted = bool(INTERRUPTS)   # looked at once: Ctrl-C may come between two of these lines
+        if done % LOG_EVERY == 0 or now_evaluate or interrupted:
+            check_finite(recent, *{model, evaluated})   # before anything is saved
             record = {'step': done, 'epoch': round(done / steps_per_epoch, 3),
                       **summary(recent, batch_size, accumulate), 'lr': optimizer.param_groups[0]['lr'],
-                      'images_per_second': len(recent) * step_size / (time.perf_counter() - since)}
+                      'images_per_second': len(recent) * step_images / (time.perf_counter() - since)}
             if rank == 0:
                 journal.write(record)
             bar.set_postfix_str('loss {loss:.2f}, IoU {matched_iou:.3f}, {positives:.0f} positives/image, '
                                 '{images_per_second:.0f} images/s'.format(**record))
             recent, since = [], time.perf_counter()
         # Before the evaluation: whatever goes wrong there, the training is kept.
-        if rank == 0 and (done % save_every == 0 or now_evaluate or INTERRUPTS):
-            save(folder / 'checkpoint.pt', {
+        if rank == 0 and (done % save_every == 0 or now_evaluate or interrupted):
+            save(folder / 'checkpoint.pt', {   # its 'model' is what eval.py loads: the average, if there is one
                 'model': evaluated.state_dict(), 'optimizer': optimizer.state_dict(),
                 **({'trained_model': model.state_dict()} if average else {}),
-                'step': done, 'settings': settings, 'categories': categories, **constant,
+                'step': done, 'settings': settings, 'categories': categories, **conditions,
                 'architecture': architecture(settings, len(categories['ids']))})
-        if INTERRUPTS:
+        if interrupted:
             print(f'\nstopped after step {done}: go on with  python train.py --resume {folder}')
             sys.exit(130)
         if now_evaluate:
@@ -220,14 +228,16 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
         print(f'checkpoint: {folder / "checkpoint.pt"}\npicture:    {picture}\n'
               f'look:       python eval.py --weights {folder / "checkpoint.pt"} --pictures 8')
     if world > 1:
-        del parallel   # before its processes part: as the last owner of gloo's threads it may wait for them for ever
+        # First, or it is the last owner of the process group, and joins gloo's threads while it holds the interpreter's
+        # lock, for which one of them may wait (seen in one run of twelve, torch 2.11).
+        del parallel
         dist.destroy_process_group()
 
 
 # --- A step of it ---------------------------------------------------------------------------------------------------
 
-def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, num_boxes: float | torch.Tensor,
-            amp: bool = False, tick=lambda stage: None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, num_boxes: float | Tensor,
+            amp: bool = False, tick=lambda stage: None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Forward, matching and loss of a batch -> the weighted parts of the loss, and `matching_stats`.
 
     parallel: the model, or what DistributedDataParallel made of it; tick is called with the name of every stage that is
@@ -236,23 +246,24 @@ def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, n
     model = getattr(parallel, 'module', parallel)
     layers, heads = len(model.decoder), len(model.encoder_class_heads)
     # All groups of the row at once; at inference only the first exists.
-    groups, noised = query_groups(layers=layers, progress=progress, **row_of(settings)), None
+    groups = query_groups(layers=layers, progress=progress, **row_of(settings))
+    noised = None
     if settings['denoising']:
         noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
         groups.append(noised.query_group(layers))
     try:
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
             outputs = parallel(batch.images, batch.padding_mask, noised=noised)
-    except ValueError as error:   # too few tokens for the queries; all images of a batch have one size
+    except ValueError as error:   # too few tokens for the queries, in each image of the batch: they have one size
         raise UserError(f'{batch.names[0]}: {error}') from None
-    outputs = Outputs(*(x.float() for x in outputs))   # the decoder's logits are bfloat16; boxes never are
+    outputs = Outputs(*(x.float() for x in outputs))   # once for matching and loss: the decoder's logits are bfloat16
     tick('forward')
     proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
     try:
         matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals,
                                          evaluation.cost_of(settings))
     except FloatingPointError as error:
-        raise UserError(f'{error}; the images are {", ".join(batch.names)}. Lower --lr?') from None
+        raise diverged(str(error), batch.names) from None
     tick('matching')
     parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches, encoder_matches, groups, proposals,
                            num_boxes, loss_settings(settings))
@@ -263,20 +274,25 @@ def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, n
     return parts, stats
 
 
-def matching_stats(outputs, matches, labels, iou, queries, softmax: bool = False) -> dict[str, torch.Tensor]:
-    """What the matching did with the detector, the n queries of the first group, in the last layer: sum of the IoU of
-    its pairs, sum of their scores for the matched class, their number; the best score of an unmatched query, mean over
-    the images; and the pairs of all groups and layers, without denoising. No boolean indexing: it would wait for the
-    GPU. queries: of each group."""
-    n = queries[0]
+def matching_stats(outputs: Outputs, matches, labels: Tensor, iou: Tensor, sizes: tuple[int, ...],
+                   softmax: bool = False) -> dict[str, Tensor]:
+    """What the matching did, for `summary`.
+
+    Of the detector, the first group, in the last layer: the sums of the IoU of its pairs and of their scores for the
+    matched class, and their number; the best score of an unmatched query, as a mean over the images. Of all groups and
+    layers: the number of pairs, without denoising. sizes: queries of each group. No boolean indexing: it would wait for
+    the GPU.
+    """
+    n = sizes[0]
     scores = class_scores(outputs.pred_logits[-1].detach(), softmax)                                    # (B, N, C)
     final = (matches.layer == len(outputs.pred_logits) - 1) & (matches.query < n)                       # (P,)
     of_pairs = scores[matches.image, matches.query, labels[matches.gt]] * final
     matched = torch.zeros_like(scores[..., 0])                                                          # (B, N)
+    # Added up: the pairs of the other layers hit the same cells, with 0.
     matched = matched.index_put((matches.image, matches.query), final.to(scores), accumulate=True)
     return {'iou': (iou * final).sum(), 'score': of_pairs.sum(), 'matched': final.sum(),
-            'unmatched': (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean(),
-            'pairs': (matches.query < sum(queries)).sum()}
+            'best_unmatched': (scores.amax(-1) * (1 - matched))[:, :n].amax(1).mean(),
+            'pairs': (matches.query < sum(sizes)).sum()}
 
 
 def lr_factor(settings: dict, progress: float) -> float:
@@ -284,17 +300,19 @@ def lr_factor(settings: dict, progress: float) -> float:
     if progress < settings['warmup']:
         if settings['schedule'] == 'flat-cosine':
             return (progress / settings['warmup']) ** 2   # its first step does nothing, as in DEIM's code
-        return (progress + 1e-3) / (settings['warmup'] + 1e-3)
+        return (progress + 1e-3) / (settings['warmup'] + 1e-3)   # + 1e-3: the first step moves, too
     if settings['schedule'] == 'step':   # after epoch 11 of 12, 20 of 24 and 30 of 36 (official codes)
         return 1.0 if progress < (11 / 12 if settings.get('epochs', 12) <= 12 else 5 / 6) else 0.1
     if settings['schedule'] == 'flat-cosine':
         return flat_cosine(progress)
-    return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)))
+    along = (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)   # 1e-9: --warmup may be 1
+    return 0.5 * (1 + math.cos(math.pi * along))
 
 
-def flat_cosine(progress: float, flat: float = DENSE[1], end: float = 58 / 60, gamma: float = 0.5) -> float:
+def flat_cosine(progress: float) -> float:
     """DEIM's schedule after its quadratic warm-up: factor 1 until `flat`, where mosaic and mixup end, then a cosine
     down to gamma at `end`, and constant; in parts of training, 0 to 1, those of its RT-DETRv2 R50 (official code)."""
+    flat, end, gamma = DENSE[1], 58 / 60, 0.5
     along = min(max((progress - flat) / (end - flat), 0.0), 1.0)
     return gamma + (1 - gamma) * 0.5 * (1 + math.cos(math.pi * along))
 
@@ -306,40 +324,50 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, 
     d starts near 0, so that the first weights, which know nothing, are forgotten. Buffers are averaged, too.
     """
     d = decay * (1 - math.exp(-step / warmup))
-    for mean, new in zip(average.state_dict().values(), model.state_dict().values()):
+    for mean, new in zip(average.state_dict().values(), model.state_dict().values()):   # the tensors, not copies
         if mean.is_floating_point():
             mean.lerp_(new, 1 - d)
         else:
             mean.copy_(new)
 
 
-def check_finite(recent: list[tuple[int, dict[str, torch.Tensor], list[str]]], *models: torch.nn.Module) -> None:
-    """recent: step, numbers and names of the images of the last steps. Raises UserError for the first of them with a
-    number that is not finite, or if a weight is not."""
+class Step(NamedTuple):
+    """What is kept of a step until the next log."""
+    step: int
+    numbers: dict[str, Tensor]   # of one number each, on the device: loss, matching_stats, gradient_norm
+    images: list[str]                  # their names
+
+
+def table(recent: list[Step]) -> Tensor:
+    """The numbers of the last steps: (steps, numbers)."""
+    return torch.stack([torch.stack([*step.numbers.values()]).float() for step in recent])
+
+
+def diverged(what: str, images: list[str]) -> UserError:
+    return UserError(f'{what}; the images are {", ".join(images)}. Lower --lr?')
+
+
+def check_finite(recent: list[Step], *models: torch.nn.Module) -> None:
+    """Raises UserError for the first of the last steps with a number that is not finite, or if a weight is not."""
     if not recent:
         return
-    table = torch.stack([torch.stack([*numbers.values()]).float() for _, numbers, _ in recent]).isfinite().tolist()
-    for (step, numbers, images), finite in zip(recent, table):
+    for (step, numbers, images), finite in zip(recent, table(recent).isfinite().tolist()):
         if not all(finite):
-            raise UserError(f'step {step}: {list(numbers)[finite.index(False)]} is not finite; the images are '
-                            f'{", ".join(images)}. Lower --lr?')
+            raise diverged(f'step {step}: {list(numbers)[finite.index(False)]} is not finite', images)
     for model in models:
         if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
-            step, _, images = recent[-1]
-            raise UserError(f'step {step}: a weight is not finite after it; the images are {", ".join(images)}. Lower '
-                            '--lr?')
+            raise diverged(f'step {recent[-1].step}: a weight is not finite after it', recent[-1].images)
 
 
-def summary(recent: list[tuple[int, dict[str, torch.Tensor], list[str]]], batch_size: int, accumulate: int) -> dict:
-    """What is logged of the last steps: the means of their numbers, `recent` as in `check_finite`."""
-    names = list(recent[0][1])
-    mean = dict(zip(names, torch.stack([torch.stack([*numbers.values()]).float()
-                                        for _, numbers, _ in recent]).mean(0).tolist()))
+def summary(recent: list[Step], batch_size: int, accumulate: int) -> dict:
+    """What is logged of the last steps: the means of their numbers; under torchrun, of the first process's images."""
+    names = list(recent[0].numbers)
+    mean = dict(zip(names, table(recent).mean(0).tolist()))
     parts = {name: mean[name] for name in names[:names.index('iou')]}   # those of losses.criterion
     return {'loss': sum(parts.values()), **parts, 'gradient_norm': mean['gradient_norm'],
-            'matched_iou': mean['iou'] / max(mean['matched'], 1e-9),
+            'matched_iou': mean['iou'] / max(mean['matched'], 1e-9),   # 1e-9: no image may have had an object
             'matched_score': mean['score'] / max(mean['matched'], 1e-9),
-            'best_unmatched_score': mean['unmatched'] / accumulate,
+            'best_unmatched_score': mean['best_unmatched'] / accumulate,
             'positives': mean['pairs'] / (batch_size * accumulate)}
 
 
@@ -394,21 +422,21 @@ def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridD
         raise UserError(f'--model {settings["model"]}: {error}') from None
     if bare:
         return model
-    given = what_fits(model, settings['init']) if settings['init'] else {}
+    taken = what_fits(model, settings['init']) if settings['init'] else {}
     if settings['init_part'] != 'all':
-        given = {name: value for name, value in given.items() if name.startswith(PARTS[settings['init_part']])}
-        print(f'  of these, the {len(given)} of --init-part {settings["init_part"]} are used')
-    if settings['pretrained'] and not any(name.startswith('backbone.') for name in given):
+        taken = {name: value for name, value in taken.items() if name.startswith(PARTS[settings['init_part']])}
+        print(f'  of these, the {len(taken)} of --init-part {settings["init_part"]} are used')
+    if settings['pretrained'] and not any(name.startswith('backbone.') for name in taken):   # or --init brought one
         try:
             model.backbone.load_imagenet()
         except (OSError, RuntimeError, HTTPException) as error:   # no network, no disk, or half a file
             raise UserError(f'cannot download the ImageNet weights of {settings["model"]} ({error}): connect to the '
                             'internet once, or train from scratch with --no-pretrained') from None
-    model.load_state_dict({**model.state_dict(), **given})
+    model.load_state_dict(taken, strict=False)   # the others keep their starting weights
     return model
 
 
-def what_fits(model: HybridDETR, path: str) -> dict[str, torch.Tensor]:
+def what_fits(model: HybridDETR, path: str) -> dict[str, Tensor]:
     """The entries of a checkpoint, own or official, that fit the model by name and shape; prints what does not.
 
     The backbone fits as a whole or not at all: half of it would be a mixture of two networks.
@@ -418,6 +446,7 @@ def what_fits(model: HybridDETR, path: str) -> dict[str, torch.Tensor]:
     if evaluation.is_official(checkpoint):
         layers = len({name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')})
         ours_of = {official_name(name, layers): name for name in ours}
+        # The decoder holds class_embed and bbox_embed a second time, with the same values.
         aliases = ('transformer.decoder.class_embed', 'transformer.decoder.bbox_embed')
         state = {ours_of.get(name, name): value for name, value in state.items() if not name.startswith(aliases)}
     fits = {name: value for name, value in state.items() if name in ours and value.shape == ours[name].shape}
@@ -428,7 +457,8 @@ def what_fits(model: HybridDETR, path: str) -> dict[str, torch.Tensor]:
     print(f'{path}: {len(fits)} of the {len(ours)} entries of this model are taken from it')
     for entries, what in ((ours, 'not taken from it'), (state, 'in it, but not used')):
         names = [f'{name} {tuple(value.shape)}' for name, value in entries.items() if name not in fits]
-        print(f'  {len(names)} {what}{": " * bool(names)}{", ".join(names[:8])}{", ..." * (len(names) > 8)}')
+        shown = ', '.join(names[:8] + ['...'] * (len(names) > 8))
+        print(f'  {len(names)} {what}' + f': {shown}' * bool(names))
     return fits
 
 
@@ -450,18 +480,20 @@ def model_and_optimizer(settings: dict, folder: Path, checkpoint: dict | None, n
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
-    model.backbone.to(memory_format=torch.channels_last)
-    average, start = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None, 0
-    if checkpoint:
-        try:
-            start = restore(checkpoint, model, average, optimizer)
-        except Exception as error:   # somebody's file: anything may be in it
-            raise damaged(folder, error) from None
-    return model, average, optimizer, start
+    model.backbone.to(memory_format=torch.channels_last)   # faster convolutions; in place, the parameters are the same
+    average = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None
+    if not checkpoint:
+        return model, average, optimizer, 0
+    try:
+        return model, average, optimizer, restore(checkpoint, model, average, optimizer)
+    except Exception as error:   # somebody's file: anything may be in it
+        raise damaged(folder, error) from None
 
 
-def must_stay(checkpoint: dict | None, folder: Path, categories: dict, machine: Machine, images: int) -> dict:
-    """What is no setting but has to stay in a resumed run. Raises UserError if it is not as it was."""
+def conditions_of(checkpoint: dict | None, folder: Path, categories: dict, machine: Machine, images: int) -> dict:
+    """What a run keeps beside its settings: number of processes, bfloat16 or not, number of training images.
+
+    Raises UserError if these, or the categories, are not those of the run that is resumed."""
     if checkpoint and checkpoint['categories'] != categories:
         before, now = checkpoint['categories']['names'], categories['names']
         raise UserError(f'the run in {folder} has {len(before)} classes ({", ".join(before[:4])}..), but the data has '
@@ -469,12 +501,12 @@ def must_stay(checkpoint: dict | None, folder: Path, categories: dict, machine: 
     amp = machine.amp
     if amp is None:
         amp = (checkpoint or {}).get('amp', has_bfloat16(machine.device))
-    constant = {'processes': machine.world, 'amp': amp, 'images': images}
-    for name, value in constant.items():
+    conditions = {'processes': machine.world, 'amp': amp, 'images': images}
+    for name, value in conditions.items():
         if checkpoint and checkpoint.get(name, value) != value:
             raise UserError(f'the run in {folder} has {name} {checkpoint[name]}, here it is {value}, and a resumed run '
                             'goes on with the same; start a new one with --init')
-    return constant
+    return conditions
 
 
 def new_folder(settings: dict) -> Path:
@@ -486,7 +518,7 @@ def new_folder(settings: dict) -> Path:
 
     if 'out' not in settings:
         base = Path('runs') / settings['scheme']
-        return next(path for i in range(1, 10_000) if free(path := base if i == 1 else Path(f'{base}_{i}')))
+        return next(filter(free, (base, *(Path(f'{base}_{i}') for i in range(2, 10_000)))))
     out = Path(settings['out'])
     if not free(out):
         how = f'go on with --resume {out}' if (out / 'checkpoint.pt').exists() else 'without a checkpoint: delete it'
@@ -514,19 +546,18 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
     if evaluation.is_official(checkpoint):
         raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
     try:
-        settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0, **checkpoint['settings']}   # of an older version
+        # First, what older versions did not save.
+        settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0, **checkpoint['settings']}
         fresh = complete({name: settings[name] for name in ('scheme', 'model', 'data')})
-        for name, default in fresh.items():
-            right = name in ('steps', 'epochs') or default is None or isinstance(settings[name], (type(default), int))
-            if not right:
-                raise TypeError(f'its settings have the {name} {settings[name]!r}')
-        kinds = ((settings, 'steps', int), (settings, 'data', str), (checkpoint, 'processes', int),
-                 (checkpoint, 'images', int), (checkpoint, 'amp', bool))
+        length = 'steps' if 'steps' in settings else 'epochs'   # a run has one of them
+        kinds = [(settings, name, (type(default), int)) for name, default in fresh.items()   # int: a whole float
+                 if name not in ('steps', 'epochs') and default is not None]
+        kinds += [(settings, length, int if length == 'steps' else (int, float)), (settings, 'data', str)]
+        kinds += [(checkpoint, name, kind) for name, kind in dict(processes=int, images=int, amp=bool).items()
+                  if name in checkpoint]   # older versions lack them
         for entries, name, kind in kinds:
-            if not isinstance(entries.get(name, kind()), kind):
+            if not isinstance(entries[name], kind):
                 raise TypeError(f'it has the {name} {entries[name]!r}')
-        if 'steps' not in settings and not isinstance(settings['epochs'], (int, float)):
-            raise TypeError(f'it has the epochs {settings["epochs"]!r}')
         check(settings)
         ours = architecture(settings, len(evaluation.categories_of(checkpoint)))
         if any(ours.get(name) != value for name, value in checkpoint['architecture'].items()):
@@ -559,11 +590,9 @@ def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, opt
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
     for parameter in (parameter for group in optimizer.param_groups for parameter in group['params']):
         state = optimizer.state[parameter]
-        for moment in (state['exp_avg'], state['exp_avg_sq']):   # the fused optimizer writes without asking
-            if not (moment.shape == parameter.shape and moment.dtype == parameter.dtype
-                    and moment.layout == torch.strided
-                    and moment.untyped_storage().nbytes() // moment.element_size()
-                    >= moment.storage_offset() + moment.numel()):
+        # The fused optimizer walks through the memory of all three side by side, without asking whether they fit.
+        for moment in (state['exp_avg'], state['exp_avg_sq']):
+            if (moment.shape, moment.stride(), moment.dtype) != (parameter.shape, parameter.stride(), parameter.dtype):
                 raise ValueError('its optimizer has moments that do not fit their parameter')
         if state['step'].numel() != 1 or state['step'].layout != torch.strided:
             raise ValueError('its optimizer counts steps in another way')
@@ -578,24 +607,28 @@ def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
     """Print the scheme's row of the table, what it promises, and what a preset sets."""
     row = row_of(settings)
     groups = query_groups(layers=layers, **row)
-    print('  ' + ', '.join(f'{"queries" if name == "n" else name} {value if name == "scheme" else f"{value:.3g}"}'
-                           for name, value in row.items()))
+    print(f'  scheme {row["scheme"]}:', *(flag(name, f'{row[name]:g}') for name in ROW_NUMBERS if name in row))
     if settings['scheme'] in PRESETS:
-        names = ('n', *PRESETS[settings['scheme']], 'class_weight', *['mal_gamma'] * (settings['cls_loss'] == 'mal'))
+        names = ['n', *PRESETS[settings['scheme']], 'class_weight']
+        if settings['cls_loss'] == 'mal':
+            names.append('mal_gamma')
         print('  preset, and what you gave: ' + ' '.join(flag(name, settings[name]) for name in names))
     for group in dict.fromkeys(groups):   # equal groups once
         print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
               f'{group.copies}, weight {group.weight:.3g}')
-    each, whole = (expected_positives(layers=layers, epochs=n, **row) for n in (1, epochs))
-    print(f'  positives of a ground truth: {each:.3g} an epoch, {whole:.3g} in the whole training'
+    each = expected_positives(layers=layers, epochs=1, **row)   # of `epoch` the mean over the training
+    print(f'  positives of a ground truth: {each:.3g} an epoch, {each * epochs:.4g} in the whole training'
           + ', denoising queries not counted' * (settings['denoising'] > 0))
 
 
 class Journal:
-    """metrics.jsonl of a run: a line for the last steps and one for every evaluation. Only the first process writes."""
+    """metrics.jsonl of a run: a line for every LOG_EVERY steps and one for every evaluation, by the first process.
+
+    records: of a resumed run, what was logged up to its checkpoint."""
 
     def __init__(self, file: Path, resumed_at: int | None):
-        self.file, self.mode, self.records = file, 'x' if resumed_at is None else 'a', []
+        self.file, self.records = file, []
+        self.mode = 'x' if resumed_at is None else 'a'
         if resumed_at is not None and file.exists():
             # What was logged after the checkpoint happens again.
             self.records = [record for record in evaluation.read_metrics(file) if record['step'] <= resumed_at]
@@ -614,7 +647,6 @@ class Journal:
         except OSError as error:
             raise UserError(f'cannot write {self.file}: {error.strerror}') from None
         self.mode = 'a'
-        self.records.append(record)
 
 
 def save(path: Path, content: dict) -> None:
@@ -649,8 +681,8 @@ INTERRUPTS = []   # one entry for each Ctrl-C
 
 
 def note_interrupt(*_) -> None:
-    """Let the step in progress come to its end, since half of one cannot be saved; a second Ctrl-C does not wait. The
-    processes of torchrun would stop at different steps, and wait for each other: they do not wait either."""
+    """Ctrl-C lets the step in progress come to its end, since half of one cannot be saved; a second one ends the run at
+    once. Under torchrun the first does, too: the processes would stop at different steps and wait for each other."""
     INTERRUPTS.append(True)
     if len(INTERRUPTS) > 1 or 'WORLD_SIZE' in os.environ:
         raise KeyboardInterrupt
@@ -732,8 +764,8 @@ def parse(argv: list[str] | None = None) -> dict:
     add('--steps', type=int, help='steps, instead of epochs (tiny 600 or 2800)')
     add('--lr', type=float, help='learning rate; a tenth for sampling offsets and pretrained backbone')
     add('--schedule', choices=CHOICES['schedule'],
-        help='step: x0.1 for the last twelfth, of more than 12 epochs for the last sixth; cosine: down to 0 '
-             '(DEIM)')
+        help='step: x0.1 for the last twelfth, of more than 12 epochs for the last sixth (default); cosine: down to 0 '
+             '(default of tiny); flat-cosine: constant, then down to one half (DEIM)')
     add('--warmup', type=float,
         help='part of training in which the rate rises (tiny 0.05, else 0, with flat-cosine 0.005)')
     add('--weight-decay', type=float, help='of AdamW (default 1e-4)')
@@ -772,6 +804,7 @@ def complete(given: dict) -> dict:
         if name in given and name not in row:
             raise UserError(f'{flag(name, given[name])}: scheme {scheme} only has {", ".join(map(flag, row))}')
     photos = TINY_PHOTOS if tiny and given.get('data', COMMON['data']) != 'shapes' else {}
+    # Later ones win: model, data, scheme, preset, flags.
     settings = {'selection': 'heads' if scheme == 'group' else 'ranks', **COMMON, **(TINY if tiny else PAPER), **photos,
                 **row, **PRESETS.get(scheme, {}), **given}
     settings.setdefault('class_weight', CLASS_WEIGHTS[settings['cls_loss']])
@@ -797,7 +830,7 @@ def complete(given: dict) -> dict:
         raise UserError('--vertical-flip: shapes are not augmented but by --dense-o2o')
     if settings['overfit'] and given.get('dense_o2o'):
         raise UserError('--dense-o2o: --overfit trains on images as they are')
-    settings['dense_o2o'] = settings['dense_o2o'] and not settings['overfit']
+    settings['dense_o2o'] = settings['dense_o2o'] and not settings['overfit']   # of a preset: nobody asked for it
     if 'steps' in given and 'epochs' in given:
         raise UserError('--steps and --epochs: give one of them')
     if 'epochs' in given:
@@ -848,6 +881,7 @@ def compile_attention(device: torch.device) -> None:
     except RuntimeError as error:   # the first of many lines says what is missing
         raise UserError(f'--compile: torch cannot compile here ({str(error).splitlines()[0]}): install what it names, '
                         'or leave the flag out') from None
+    # DeformableAttention looks it up by name at every call.
     hybrid_detr.deformable_attention = torch.compile(hybrid_detr.deformable_attention)
 
 
