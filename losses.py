@@ -1,11 +1,12 @@
 """What an assignment costs: the classification and box losses, and what they are divided by.
 
 Letters as in matchers.py: B images, L decoder layers, N queries, C classes, P matched pairs, M boxes of an image, K
-copies, G groups. Every classification loss but ce is, for a query and a class with score p = sigmoid(logit),
+copies, G groups. Every classification loss but ce is, for an entry, a query and a class with score p = sigmoid(logit),
 
     weight * BCE(p, t) = weight * (-t log p - (1-t) log(1-p))
 
-In the table s is the IoU of a matched query with its ground truth:
+A matched query has one matched entry, in the column of its ground truth's class; its other C - 1, and all C of the
+other queries, are not matched. In the table s is the IoU of a matched query with its ground truth:
 
     loss     source                matched: t and weight       not matched: t = 0 and weight    a match at IoU 0
     ce       DETR                  softmax: -log p             0.1: -0.1 log p(no object)       counts in full
@@ -91,10 +92,11 @@ MATCHED = {
     # and fewer objects change their query between layers (Fig. 3). The factor is differentiated, as in the code.
     'stable': lambda p, s, how: (s, (s - p) ** 2 * (0.25 if how.official else 1.0))}
 
-# Scores p of all other entries -> constant and weight of BCE(p, 0); the constant is applied after the sum.
+# Scores p of all other entries -> c and w of the loss c * w * BCE(p, 0). The constant c is kept apart, since on each of
+# the L*B*N*C entries, of which there are millions, it would be one pass more: `background_loss` applies it to the sum.
 BACKGROUND = {
     'bce': lambda p, how: (1.0, 1.0),
-    # Background whose score is low already hardly counts: most of it.
+    # Most of the background scores low already, and hardly counts then.
     'focal': lambda p, how: (0.75, p ** 2),
     'vfl': lambda p, how: (0.75, (p.detach() if how.official else p) ** 2),
     'mal': lambda p, how: (1.0, (p.detach() if how.official else p) ** how.mal_gamma),
@@ -102,7 +104,8 @@ BACKGROUND = {
 
 
 def match_loss(logits: Tensor, s: Tensor, how: LossSettings) -> Tensor:
-    """Loss of matched entries; BCE(p, t) = softplus(logit) - t * logit is safe for any logit."""
+    """Loss of matched entries. With logit x, -log(1-p) = softplus(x) and -log p = softplus(x) - x: so BCE(p, t) is
+    softplus(x) - t x, which is safe for any x."""
     target, weight = MATCHED[how.cls_loss](logits.sigmoid(), s, how)
     return weight * (F.softplus(logits) - target * logits)
 
@@ -111,7 +114,7 @@ def background_loss(logits: Tensor, how: LossSettings, dim: Sequence[int] = ()) 
     """Loss of all other entries; if `dim` is given, its sum over these dimensions."""
     constant, weight = BACKGROUND[how.cls_loss](logits.sigmoid(), how)
     loss = weight * F.softplus(logits)
-    return constant * (loss.sum(dim) if dim else loss)   # a factor for each entry would be a pass over millions
+    return constant * (loss.sum(dim) if dim else loss)
 
 
 def class_loss(logits: Tensor, matched: Tensor, s: Tensor, how: LossSettings = LossSettings()) -> Tensor:
@@ -132,9 +135,10 @@ def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Te
 
 
 # Stable-DINO Table 7: what a matched query's score is supervised with; s its IoU, p its score. Beside it the paper's AP
-# (class weight 10, no cost of Eq. 4, no fusion, NMS; 49.2 with target 1). With p in it a confident match with a bad box
-# is encouraged, too: the conflict that IoU alone resolves (§2.4.1, §4.4). Without a rescale scores can also die out,
-# since low ones ask for lower ones; the paper leaves open whether its rows have one.
+# (class weight 10, no cost of Eq. 4, no fusion, NMS; DINO's focal loss has 49.2). With p in it a confident match with a
+# bad box is encouraged, too: the conflict that IoU alone resolves (§2.4.1, §4.4). Without a rescale scores can also
+# die out, since low ones ask for lower ones; the paper leaves open whether its rows have one.
+# (Not the F1 score: f_1 of Eq. 3, without the rescale, which `stable_target` adds.)
 F1 = {'s0.5': lambda s, p: s ** 0.5,                         # 49.3
       's1': lambda s, p: s,                                  # 49.4
       's2': lambda s, p: s ** 2,                             # 49.6, the paper's choice
@@ -146,23 +150,24 @@ F1 = {'s0.5': lambda s, p: s ** 0.5,                         # 49.3
       'sin': lambda s, p: (s * math.pi / 2).sin()}           # 48.5: concave, near 1 too soon
 
 
-def stable_target(iou: Tensor, score: Tensor, owner: Tensor, wanted: Tensor | None, f1: str = 's2') -> Tensor:
+def stable_target(iou: Tensor, score: Tensor, owner: Tensor, peak: Tensor | None, f1: str = 's2') -> Tensor:
     """f1(s) of Stable-DINO Eq. 3 for P pairs: iou, score (P,) -> (P,), no gradient.
 
-    Early in training all IoUs are small, and so would all targets be. The rescale (§2.2) multiplies the targets
-    of an owner's pairs by one factor, so that the largest of them, however bad its box, becomes as below. An owner is
-    an image in one layer and group (all denoising queries are one).
+    Early in training all IoUs are small, and so would all targets be. The rescale (§2.2) multiplies the targets of an
+    owner's pairs by one factor, so that the largest of them becomes `peak`, however bad its box. An owner is an image
+    in one layer and group (all denoising queries are one).
         'one'      1: better with 300 queries, and what the official code does with 900, too;
         'max-iou'  the largest IoU of any query of the owner with any ground truth (`largest_iou`): better with 900.
                    Where f1(s) > s, this scales down.
-    wanted: what it becomes, for each owner, or None without a rescale; owner (P,) int64: index into it. Pairs that all
-    have IoU 0 keep target 0.
+    owner (P,) int64: which one a pair belongs to; peak: one number for each owner, or None without a rescale. Pairs
+    that all have IoU 0 keep target 0.
     """
     target = F1[f1](iou, score).detach()
-    if wanted is None:
+    if peak is None:
         return target
-    largest = torch.zeros_like(wanted).scatter_reduce(0, owner, target, 'amax')
-    return target * (wanted / largest.clamp(min=1e-12))[owner]
+    largest = torch.zeros_like(peak).scatter_reduce(0, owner, target, 'amax')   # (owners,)
+    factor = peak / largest.clamp(min=1e-12)
+    return target * factor[owner]
 
 
 # --- The loss of all layers, images and groups at once --------------------------------------------------------------
@@ -184,11 +189,12 @@ def pair_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tensor]:
 
 def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> Tensor:
     """Largest IoU of any query of a group with any ground truth of its image: (L,B,N,4), B x (M,4) -> (L,B,G)."""
-    xyxy, of_images = box_convert(boxes.detach(), 'cxcywh', 'xyxy'), []
+    xyxy = box_convert(boxes.detach(), 'cxcywh', 'xyxy')
+    of_images = []
     for b, gt in enumerate(gt_boxes):
-        iou = box_iou(xyxy[:, b].flatten(0, 1), box_convert(gt, 'cxcywh', 'xyxy'))
+        iou = box_iou(xyxy[:, b].flatten(0, 1), box_convert(gt, 'cxcywh', 'xyxy'))                      # (L*N, M)
         of_queries = F.pad(iou, (1, 0)).amax(1).view(boxes.shape[0], -1)     # (L, N); 0 in an image without boxes
-        of_images.append(torch.stack([part.amax(1) for part in of_queries.split(sizes, 1)], 1))
+        of_images.append(torch.stack([part.amax(1) for part in of_queries.split(sizes, 1)], 1))         # (L, G)
     return torch.stack(of_images, 1)
 
 
@@ -203,13 +209,14 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
     logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))   # half is too coarse
     (L, B, N, _), (layer, image, query, gt) = logits.shape, matches
     sizes = [group.queries for group in groups]
-    # What the loss of each layer and query is multiplied by: weight / divisor, with the divisors of the table above.
-    # (With output_size, and from the CPU with non_blocking, nothing here waits for the GPU.)
+    # Without output_size, repeat_interleave would ask the GPU for the sum; without non_blocking, the CPU would wait.
     repeats = torch.tensor(sizes).to(logits.device, non_blocking=True)
     group_of = torch.arange(len(groups), device=logits.device).repeat_interleave(repeats, output_size=N)     # (N,)
-    table = torch.tensor([[group.weight, *group.copies] for group in groups], dtype=boxes.dtype).T
-    table = table.to(boxes.device, non_blocking=True)
-    weight, copies = table[0], table[1:]                                                                # (G,), (L, G)
+    numbers = torch.tensor([[group.weight, *group.copies] for group in groups], dtype=boxes.dtype).T        # (1+L, G)
+    numbers = numbers.to(boxes.device, non_blocking=True)
+    weight, copies = numbers[0], numbers[1:]                                                            # (G,), (L, G)
+    # What the loss of query q in layer l is multiplied by, g its group, by the table of divisors above:
+    # scale_lq = weight_g / max(1, max(1, copies_lg) * n_box)
     scale = (weight / (copies.clamp(min=1) * num_boxes).clamp(min=1.0))[:, group_of]                    # (L, N)
 
     pair, pair_scale = (layer, image, query), scale[layer, query]
@@ -217,28 +224,31 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
     l1_loss = ((pred - target).abs().sum(1) * pair_scale).sum()
     iou, giou = pair_iou(box_convert(pred, 'cxcywh', 'xyxy'), box_convert(target, 'cxcywh', 'xyxy'))
     giou_loss = ((1 - giou) * pair_scale).sum()
-    iou = iou.detach()   # the score learns from the box only
+    iou = iou.detach()
 
     label = torch.cat(list(gt_labels))[gt]
     if how.cls_loss == 'ce':
-        matched = torch.zeros_like(logits[..., :-1]).index_put((*pair, label), torch.ones_like(iou))
+        matched = torch.zeros_like(logits[..., :-1])                                                    # (L, B, N, C)
+        matched = matched.index_put((*pair, label), torch.ones_like(iou))
         losses, weights = ce_loss(logits, matched)                                                      # (L, B, N)
         divisor = torch.stack([part.sum((1, 2)) for part in weights.split(sizes, 2)], 1)                # (L, G)
         loss = (losses.sum(1) * (weight / divisor)[:, group_of]).sum()
     else:
-        of_pairs, s = logits[(*pair, label)], iou
+        pair_logits, s = logits[(*pair, label)], iou                                                    # (P,) each
         if how.cls_loss == 'stable':
-            owner, wanted = (layer * B + image) * len(groups) + group_of[query], None
+            owner = (layer * B + image) * len(groups) + group_of[query]   # (P,): index into (L, B, G), flattened
+            peak = None
             if how.rescale == 'one':
-                wanted = torch.ones_like(weight).repeat(L * B)
+                peak = torch.ones_like(weight).repeat(L * B)
             elif how.rescale == 'max-iou':
-                wanted = largest_iou(boxes, gt_boxes, sizes).flatten()
-            s = stable_target(iou, of_pairs.sigmoid(), owner, wanted, how.f1)
+                peak = largest_iou(boxes, gt_boxes, sizes).flatten()
+            s = stable_target(iou, pair_logits.sigmoid(), owner, peak, how.f1)
         # Unmatched queries are background in every class, and pay no box loss. Nearly all entries are background, so
         # all are counted as such, and those of the pairs then exchanged: a one-hot target would cost as much again.
         # (In float32 the difference of the two leaves an error of 1e-7 of the larger one.)
-        loss = (background_loss(logits, how, (1, 3)) * scale).sum()
-        loss = loss + ((match_loss(of_pairs, s, how) - background_loss(of_pairs, how)) * pair_scale).sum()
+        all_background = (background_loss(logits, how, (1, 3)) * scale).sum()   # (L, N): summed over images, classes
+        exchange = (match_loss(pair_logits, s, how) - background_loss(pair_logits, how)) * pair_scale   # (P,)
+        loss = all_background + exchange.sum()
     class_weight = CLASS_WEIGHTS[how.cls_loss] if how.class_weight is None else how.class_weight
     return class_weight * loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou
 
@@ -255,6 +265,7 @@ def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], 
     pred_logits, pred_boxes, encoder_logits, encoder_boxes = outputs
     # DETR had no encoder proposals, and softmax no score that ranks them: they keep the focal loss.
     encoder_how = how._replace(cls_loss='focal', class_weight=None) if how.cls_loss == 'ce' else how
+    # Column 0 of the encoder's C means "object"; the others are background in every token (official code of H-DETR).
     object_or_not = [torch.zeros_like(labels) for labels in gt_labels]
     *decoder, iou = set_loss(pred_logits, pred_boxes, gt_labels, gt_boxes, matches, groups, num_boxes, how)
     *encoder, _ = set_loss(encoder_logits, encoder_boxes, object_or_not, gt_boxes, encoder_matches, proposal_groups,
@@ -287,5 +298,8 @@ if __name__ == '__main__':
         for iou in (*((0.0, 0.5, 0.75, 1.0) if by_iou else (1.0,)), None):
             what = 'not matched' if iou is None else f'match, IoU {iou:g}' if by_iou else 'match, any IoU'
             cells = [f'{loss:6.3f} {gradient:+.3f}   ' for loss, gradient in zip(*curve(name, scores, iou))]
-            print(f'{name:8}{what:16}' + ' '.join(cells))
-    print('\nWhat divides' + __doc__.split('What divides')[1].split('This file')[0].rstrip())
+            print(f'{name:8}{what:16}' + ' '.join(cells).rstrip())
+        print()
+    print('At p = 0.95 and IoU 0.5, a sure query with a bad box, mal pays most. At p = 0.25 and IoU 0.5, stable pays '
+          'nothing:\nthe score is its target s^2. At IoU 0, vfl and stable are as if not matched, mal is not. At IoU '
+          '1, vfl and mal are bce.')

@@ -8,23 +8,27 @@ The assignment problem, as the DEIM slides open it: what each worker asks for ea
     Carol         9        4       8
 
 One task each, as cheap as possible in sum: Alice takes the bathroom, Bob the windows and Carol the floors, for 8 + 3 +
-4 = 15. Bob is the cheapest everywhere, and is still not sent to the floors at 2.
+4 = 15. Bob is the cheapest everywhere, and is still not sent to the floors at 2. Here queries are the workers and
+objects the tasks, and there are more queries than objects: most stay without one and learn "nothing here".
 
 A detector answers with a fixed row of N queries, each a box and C class scores. Training needs to know which query
 has to answer for which object. The row is cut into groups, whose queries see only one another. A group has a size, a
-number of copies of every ground truth that it must find in each decoder layer, and the weight of its loss. Nothing else
-tells the schemes apart; `query_groups` below is the whole subject.
+number of copies of every ground truth that it must find in each decoder layer, and the weight of its loss. But for
+where the first boxes of its queries come from (`encoder_groups`) nothing else tells the schemes apart: `query_groups`
+below is the whole subject.
 
 The letters, the same in every file of this project unless it says otherwise:
 
     B images of a batch    L decoder layers       N queries in the row           C classes
     M boxes of one image   K copies of each box   G groups (Group DETR: K)       S tokens of the encoder
-    P matched pairs        D width of a token     V levels of the pyramid        E pairs of encoder heads
+    P matched pairs        D width of a token     V levels of the pyramid        E pairs of encoder heads (box, class)
+    n queries of the first group, T of the second (branch)    L1 first layers that are one-to-many (layer)
 
 Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are corners.
 
-One toy through all schemes: 6 queries, ground truths A and B, and what each pair costs. A letter is the ground truth
-that query 0..5 has to find, a dot is "nothing here" (`python matchers.py` prints it).
+One toy through all schemes: 6 queries, ground truths A and B, and what each pair costs, the same in both of its decoder
+layers. A letter is the ground truth that query 0..5 has to find, a dot is "nothing here"; early and late are the start
+and the end of training (`python matchers.py` prints it).
 
     query    0 1 2 3 4 5
     cost A   1 4 2 3 6 5
@@ -39,8 +43,8 @@ that query 0..5 has to find, a dot is "nothing here" (`python matchers.py` print
     one2many  n=6 K=2        6            A B B A . .          A B B A . .         A B B A . .
 
 `epoch` changes with the time and `layer` with the depth, `branch` and `group` never: their extra positives live in
-queries of their own. In `branch` and `group`, q4 and q5 are positives, bad as they are, since each group has to find
-all objects by itself.
+queries of their own. In `branch` and `group`, q4 and q5 are positives, bad as they are: these groups are as small as
+the number of copies they have to find (T = K M = 4, n = M = 2).
 
 Papers: H-DETR = "DETRs with Hybrid Matching"; Group DETR = "Group DETR: Fast DETR Training with Group-Wise
 One-to-Many Assignment". This file needs torch, scipy and torchvision only, and can be copied alone.
@@ -83,9 +87,9 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
         # DETR: every ground truth has one query, all others learn "nothing here".
         'one2one': [QueryGroup(n, one)],
         # H-DETR §3.2.1, Eq. 1-2: L_one2one + lambda * L_one2many. The T queries are one group and see each other: they
-        # are matched together, and share out the copies among themselves. K = 1 and 2 lose (Table 9: 46.4 and 46.7
-        # against 47.0 AP) and K = 3 and more gain; the authors' guess is that the second group starts from worse
-        # proposals, which few copies do not repay (§4.2; App. D: with better ones K = 1 gains).
+        # are matched together, and share out the copies among themselves. K = 1 and 2 lose (Table 9, T = 300 K: 46.4
+        # and 46.7 against 47.0 AP) and K = 3 and more gain; the authors' guess is that the second group starts from
+        # worse proposals, which few copies do not repay (§4.2; App. D: with better ones K = 1 gains).
         'branch': [QueryGroup(n, one), QueryGroup(T, many, weight, proposal_copies=K + 1)],
         # H-DETR §3.2.2, Eq. 3-4: one-to-many for the first rho of training, then one-to-one.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
@@ -106,8 +110,9 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
 
 
 def expected_positives(scheme: str, layers: int, epochs: float, **row) -> float:
-    """Positive queries of one ground truth in a whole training (H-DETR §4.2: 504 in 12 epochs for all its schemes)."""
-    moments = 3000   # of training, whose mean is taken
+    """Positive queries of one ground truth in a whole training, all layers and groups, if there are queries enough
+    (H-DETR §4.2: 504 in 12 epochs for all its schemes)."""
+    moments = 3000   # of training, evenly spread: so it holds for any row of the table
     positives = sum(sum(group.copies) for moment in range(moments)
                     for group in query_groups(scheme, layers, (moment + 0.5) / moments, **row))
     return epochs * positives / moments
@@ -138,7 +143,8 @@ def class_scores(logits: Tensor, softmax: bool = False) -> Tensor:
 
 def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
                   how: Cost = Cost()) -> Tensor:
-    """What it would cost to make query n answer for ground truth m: (L,N,C), (L,N,4), (M,), (M,4) -> (L,N,M).
+    """Of one image: what it would cost to make query n answer for ground truth m: (L,N,C), (L,N,4), (M,), (M,4) ->
+    (L,N,M).
 
         cost = w * class + 5 * |box - gt|_1 - 2 * GIoU,  w = 2
         class = alpha (1-p)^2 (-log p) - (1-alpha) p^2 (-log(1-p)),  p the score of gt's class, alpha = 1/4
@@ -152,29 +158,39 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
     Stable-DINO's code keeps one s' for each query and class, so that the last ground truth of a class decides for all,
     and scales its largest to 1. Here each pair has its own, as in the paper.
     """
-    # In half precision the 1e-8 below would be 0, and log(0) no cost.
+    # float16 has no 1e-8, and bfloat16 knows a p near 1 only to 1/256.
     pred_logits, pred_boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (pred_logits, pred_boxes))
     boxes = pred_boxes.flatten(0, 1)                                                                # (L*N, 4)
     l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], -1)                          # (L, N, M)
+    gt_xyxy, xyxy = (box_convert(x, 'cxcywh', 'xyxy') for x in (gt_boxes, boxes))
     # The few ground truths first: faster on the CPU, and the same numbers.
-    giou = generalized_box_iou(*(box_convert(x, 'cxcywh', 'xyxy') for x in (gt_boxes, boxes))).T.reshape(l1.shape)
-    # Only the columns of classes that are present: M of C. (A softmax needs all of them first.)
-    p = class_scores(pred_logits, True)[..., gt_labels] if how.softmax else class_scores(pred_logits[..., gt_labels])
+    giou = generalized_box_iou(gt_xyxy, xyxy).T.reshape(l1.shape)                        # (M, L*N) -> (L, N, M)
+    # p (L, N, M): for each ground truth the column of its class. (A softmax needs all C + 1 columns before.)
+    if how.softmax:
+        p = class_scores(pred_logits, softmax=True)[..., gt_labels]
+    else:
+        p = class_scores(pred_logits[..., gt_labels])
     if how.kind == 'stable':   # a query with a bad box is not taken for its score
-        p = p * ((giou + 1) / 2).clamp(min=0) ** how.f2   # rounding may leave it below 0, which has no root
-    alpha, rest = (1.0, 1.0) if how.kind == 'stable' and not how.official else (0.25, 0.75)
-    focal = alpha * (1 - p) ** 2 * -(p + 1e-8).log() - rest * p ** 2 * -(1 - p + 1e-8).log()
-    of_class = -p if how.softmax else focal
-    return how.class_weight * of_class + 5 * l1 - 2 * giou
+        p = p * ((giou + 1) / 2) ** how.f2   # GIoU >= -1
+    if how.softmax:
+        of_class = -p
+    else:
+        alpha, rest = (1.0, 1.0) if how.kind == 'stable' and not how.official else (0.25, 0.75)
+        as_match = alpha * (1 - p) ** 2 * -(p + 1e-8).log()   # 1e-8: as the official codes
+        as_background = rest * p ** 2 * -(1 - p + 1e-8).log()
+        of_class = as_match - as_background
+    return how.class_weight * of_class + 5 * l1 - 2 * giou   # 5 and 2: as in the loss (losses.py)
 
 
 def one_to_many(cost: Tensor, copies: int) -> tuple[Tensor, Tensor]:
     """Hungarian assignment in which every ground truth wants `copies` queries: (N,M) on the CPU -> query_idx, gt_idx.
 
-    Repeating the ground truths K times and solving one-to-one *is* the one-to-many matching of H-DETR (Eq. 2): equal
-    columns compete for different queries. The copies are tiled here, after the cost was computed once. When K*M is
-    more than N, the N cheapest pairs in sum are made and the other copies stay without a query: (min(N, K*M),) each.
+    Repeating the ground truths K times and solving one-to-one *is* the one-to-many matching of H-DETR (Eq. 2). The
+    copies are tiled here, after the cost was computed once. When K*M is more than N, the N cheapest pairs in sum are
+    made and the other copies stay without a query: (min(N, K*M),) each.
     """
+    # Column c of the tiled costs is copy c // M of ground truth c % M. No query gets two columns, nor a column two
+    # queries: so the copies of a ground truth go to different queries.
     query_idx, column = linear_sum_assignment(cost.repeat(1, copies).numpy())
     return torch.from_numpy(query_idx), torch.from_numpy(column) % max(cost.shape[1], 1)   # an image may have M = 0
 
@@ -187,17 +203,18 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
     """
     found, first_gt = [], 0
     for image, cost in enumerate(costs):
-        first_query = 0
+        M, first_query = cost.shape[2], 0
         for group in groups:
-            rows = cost[:, first_query:first_query + group.queries]   # of denoising queries empty: they have no cost
             for layer, copies in enumerate(group.copies):
-                query_idx, gt_idx = (known_pairs(group.queries, copies, cost.shape[2]) if group.denoising else
-                                     one_to_many(rows[layer], copies))   # (P,) each, of this image, layer and group
-                here = torch.tensor([[layer], [image]]).expand(2, len(query_idx))
-                found.append(torch.cat([here, query_idx[None] + first_query, gt_idx[None] + first_gt]))       # (4, P)
+                if group.denoising:   # it has no costs: who answers for whom is known
+                    query_idx, gt_idx = known_pairs(group.queries, copies, M)
+                else:
+                    query_idx, gt_idx = one_to_many(cost[layer, first_query:first_query + group.queries], copies)
+                at = torch.tensor([[layer], [image]]).expand(2, len(query_idx))
+                found.append(torch.cat([at, query_idx[None] + first_query, gt_idx[None] + first_gt]))     # (4, pairs)
             first_query += group.queries
-        first_gt += cost.shape[2]
-    return Matches(*torch.cat(found, 1))
+        first_gt += M
+    return Matches(*torch.cat(found, 1))                                                                  # (P,) each
 
 
 class Denoising(NamedTuple):
@@ -218,7 +235,7 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
     """Contrastive denoising (DINO; used by Stable-DINO and DEIM): boxes and labels with noise, to be restored.
 
     gt_labels, gt_boxes: B tensors (M_b,), (M_b,4). There are max(1, number // m) groups, i.e. about `number` noisy
-    ground truths of the fullest image. A label is drawn anew with probability label_noise / 2 (DINO's code). Each
+    ground truths of the fullest image. A label is drawn anew with probability label_noise / 2 (as in DINO's code). Each
     corner moves by r * half the box's width or height * box_noise, to either side: r in 0..1 for the first m queries of
     a group, which answer for their ground truths, and in 1..2 for the other m, which are near misses and have to learn
     "nothing here". Corners that cross are put in order (as in DEIM's code).
@@ -230,9 +247,10 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
     B, m = len(gt_labels), max(1, *map(len, gt_labels))
     G = max(1, number // m) if any(map(len, gt_labels)) else 1
     # One image more, of m boxes, dropped again: so the length is m even in a batch without boxes.
-    filler = gt_labels[0].new_empty(m), gt_boxes[0].new_empty(m, 4)
-    labels = pad_sequence([*gt_labels, filler[0]], True, num_classes)[:B]                               # (B, m)
-    boxes = pad_sequence([*gt_boxes, filler[1]], True, 0.5)[:B]                                         # (B, m, 4)
+    more_labels, more_boxes = gt_labels[0].new_empty(m), gt_boxes[0].new_empty(m, 4)
+    labels = pad_sequence([*gt_labels, more_labels], batch_first=True, padding_value=num_classes)[:B]   # (B, m)
+    # 0.5: any box will do for an empty slot, which is background.
+    boxes = pad_sequence([*gt_boxes, more_boxes], batch_first=True, padding_value=0.5)[:B]              # (B, m, 4)
     labels, boxes = (x[:, None, None].expand(B, G, 2, *x.shape[1:]) for x in (labels, boxes))      # (B, G, 2, m, .)
     empty = labels == num_classes
     anew = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & ~empty
@@ -240,15 +258,17 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
 
     far = torch.arange(2, device=boxes.device).view(2, 1, 1)   # 0 in the first half of a group, 1 in the second
     sign = torch.randint_like(boxes, 2) * 2 - 1
-    half = boxes[..., 2:].repeat(1, 1, 1, 1, 2) / 2                                                # (B, G, 2, m, 4)
+    half = torch.cat([boxes[..., 2:]] * 2, -1) / 2                              # (w, h, w, h) / 2 (B, G, 2, m, 4)
     corners = box_convert(boxes, 'cxcywh', 'xyxy') + sign * (torch.rand_like(boxes) + far) * half * box_noise
+    # The corners as two rows (x, y), of which the smaller x and the smaller y come first.
     in_order = corners.clamp(0, 1).unflatten(-1, (2, 2)).sort(-2).values.flatten(-2)
     boxes = torch.where(empty[..., None], boxes, box_convert(in_order, 'xyxy', 'cxcywh'))
     return Denoising(labels.flatten(1), boxes.flatten(1, 3), G)
 
 
 def known_pairs(queries: int, groups: int, M: int) -> tuple[Tensor, Tensor]:
-    """Slot j of each denoising group answers for ground truth j of M: -> query_idx, gt_idx (groups*M,)."""
+    """Slot j of each denoising group answers for ground truth j of M: -> query_idx, gt_idx (groups*M,). A group has 2m
+    slots, m >= M, so these lie in its half with little noise."""
     first = torch.arange(groups) * (queries // groups)
     return (first[:, None] + torch.arange(M)).flatten(), torch.arange(M).repeat(groups)
 
@@ -257,8 +277,9 @@ def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[Qu
     """The encoder's proposals as a row of one layer. There is E = 1 head for all groups, or one for each; each head's
     scores of all S tokens form a group of this row.
 
-    One head is matched one-to-one (official code of H-DETR). A head for each group is matched one-to-one, too (Group
-    DETR A.2), but that of H-DETR's one-to-many group with K+1 copies (App. D), and weighs as much as its group.
+    One head is matched one-to-one (official code of H-DETR). So is each head where every group has one (Group DETR A.2
+    has the heads and leaves their matching open; its codes), but for that of H-DETR's one-to-many group, which gets
+    K + 1 copies (App. D). Each weighs as much as its group.
     """
     if heads == 1:
         return [QueryGroup(tokens, (1,))]
@@ -272,15 +293,15 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
     """Match all layers, images and groups of a training step, and the encoder's proposals: -> (decoder, encoder).
 
     pred_* (L,B,N,.), encoder_* (1,B,E*S,.), gt_* B tensors (M_b,) and (M_b,4), groups and proposal_groups: how the
-    rows are cut. The encoder is matched with every label 0: it only ranks "object or not" (official code of H-DETR).
+    rows are cut. The encoder is matched with every label 0, which means "object" there (official code of H-DETR).
     The GPU is waited for once: all costs cross to the CPU in one transfer, where the official code waits for every
     layer of both branches, and for the encoder.
     Raises FloatingPointError, with the part, image and layer, if a logit or a box is not finite. Finite ones give
     finite costs, since every ground truth has an area.
     """
     images = range(len(gt_boxes))
-    matched = sum(group.queries for group in groups if not group.denoising)   # denoising queries come last
-    costs = [matching_cost(pred_logits[:, b, :matched], pred_boxes[:, b, :matched], gt_labels[b], gt_boxes[b], how)
+    matching = sum(group.queries for group in groups if not group.denoising)   # denoising queries come last
+    costs = [matching_cost(pred_logits[:, b, :matching], pred_boxes[:, b, :matching], gt_labels[b], gt_boxes[b], how)
              for b in images]
     encoder_how = how._replace(softmax=False, class_weight=2.0) if how.softmax else how   # as in losses.criterion
     costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b],
@@ -297,6 +318,7 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
         where = 'the encoder' if layer == len(pred_logits) else f'decoder layer {layer}'
         raise FloatingPointError(f'the predictions of {where} are not finite for image {image} of the batch')
     decoder, encoder = assign(on_cpu[:len(images)], groups), assign(on_cpu[len(images):], proposal_groups)
+    # Stacked to (4, P), so that each goes to the GPU in one copy.
     return tuple(Matches(*torch.stack(pairs).to(pred_logits.device, non_blocking=True)) for pairs in (decoder, encoder))
 
 
@@ -320,9 +342,10 @@ def toy(scheme: str, layer: int, progress: float) -> tuple[list[QueryGroup], lis
 if __name__ == '__main__':
     import argparse
     argparse.ArgumentParser(description='Carry a toy cost matrix through every matching scheme.').parse_args()
+    print('6 queries, ground truths A and B, and what each pair costs, the same in both decoder layers:')
     for name, of_gt in zip('AB', TOY_COST.T.tolist()):
         print(f'cost {name}:  {"  ".join(f"q{q} {cost:g}" for q, cost in enumerate(of_gt))}')
-    print()
+    print('\nWhat q0 to q5 have to find (. nothing, | the next group), early and late in training:')
     print(f'{"scheme":10}{"numbers":15}{"groups":13}{"first layer, early":21}{"last layer, early":20}last layer, late')
     for scheme, numbers in TOY_ROWS.items():
         cells = []
@@ -332,3 +355,5 @@ if __name__ == '__main__':
             cells.append(' | '.join(' '.join(next(letters) for _ in range(group.queries)) for group in groups))
         print(f'{scheme:10}{" ".join(f"{k}={v}" for k, v in numbers.items()):15}'
               f'{" | ".join(str(group.queries) for group in groups):13}{cells[0]:21}{cells[1]:20}{cells[2]}')
+    print('\nWith K = 2 in one group of 6, both A and B cost least at q0 and q2: each gets one of these and one that '
+          'costs it more,\nso that all four together cost least.')

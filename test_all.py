@@ -1512,7 +1512,7 @@ class TestWhatAMatchIsWorth(Close, unittest.TestCase):
         done = subprocess.run([sys.executable, str(HERE / 'losses.py')], capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn('mal     match, IoU 0     0.051 +0.050     0.288 +0.250     0.693 +0.500', done.stdout)
-        self.assertIn('K * n_box', done.stdout)
+        self.assertIn('mal pays most', done.stdout)
 
 
 # --- The detector's groups ------------------------------------------------------------------------------------------
@@ -2775,7 +2775,7 @@ class TestCommands(unittest.TestCase):
             self.assertEqual('preset, and what you gave: --queries 8 --cls-loss' in printed, scheme in train.PRESETS)
 
     def test_every_pair_of_switches_trains(self):
-        """All pairs of (loss, cost, fusion, scheme, denoising) occur in one of 36 runs of 10 steps."""
+        """All pairs of (loss, cost, fusion, scheme, denoising) occur in one of 36 runs of 4 steps."""
         schemes = 'one2one', 'branch', 'epoch', 'layer', 'group', 'one2many'   # not those of an exercise
         kinds = (tuple(train.CLASS_WEIGHTS), ('focal', 'stable'), ('none', 'simple', 'ulike', 'dense'), schemes, (0, 6))
         runs = [(i, (i // 2 + j) % 2, (i + j) % 4, j, (i + j // 2) % 2) for i in range(6) for j in range(6)]
@@ -2794,7 +2794,7 @@ class TestCommands(unittest.TestCase):
                 loss, cost, fusion, scheme, denoising = (kind[i] for kind, i in zip(kinds, run))
                 flags = [x for name, value in numbers.get(scheme, {}).items() for x in (f'--{name}', str(value))]
                 out = self.root / '-'.join(map(str, run))
-                train.main([*SMALL, '--image-size', '32', '--queries', '12', '--ffn', '32', '--steps', '10', '--out',
+                train.main([*SMALL, '--image-size', '32', '--queries', '12', '--ffn', '32', '--steps', '4', '--out',
                             str(out), '--scheme', scheme, '--cls-loss', loss, '--cost', cost, '--fusion', fusion,
                             '--denoising', str(denoising), *flags])
                 record = json.loads((out / 'metrics.jsonl').read_text().splitlines()[-2])
