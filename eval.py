@@ -83,7 +83,9 @@ def is_official(checkpoint: dict) -> bool:
 
 
 def categories_of(checkpoint: dict) -> Categories:
-    categories = dict(checkpoint['categories'])   # anything else fails here
+    categories = checkpoint['categories']
+    if not isinstance(categories, dict):   # a tensor would take a name as an index, with a warning
+        raise TypeError('its categories are no dictionary')
     ids, names = categories['ids'], categories['names']
     for values, kind in ((ids, int), (names, str)):
         if not isinstance(values, list) or len(values) != len(ids) or not all(isinstance(x, kind) for x in values):
@@ -224,8 +226,8 @@ def duplicate_rate(rows: np.ndarray) -> float:
 
 
 def average_precision(coco_json: dict, rows: np.ndarray, table: bool = False, curve: str | None = None):
-    """For the rows of `detect`: -> {name: number} of pycocotools' 12 and oLRP with its parts (-1: no class has ground
-    truth), and {category id: AP} (nan: this class has none).
+    """For the rows of `detect`: -> {name: number} of pycocotools' 12 and oLRP with its parts (-1: the mean of no
+    class at all), and {category id: AP} (nan: a class without ground truth).
 
     table=True prints pycocotools' table and oLRP; curve: PNG to draw precision over recall to.
     """
@@ -876,8 +878,10 @@ class BenchmarkRow:
         self.model.train()
 
     def counted_memory(self, batch, num_boxes: float) -> int:
-        """The peak of a step by PeakMemory, in a step of its own, since counting slows it. Not of a compiled one: torch
-        does not compile what is watched like this."""
+        """The peak of a step by PeakMemory, in a step of its own, since counting slows it.
+
+        Without --compile, which torch cannot combine with such a watch: torch 2.11 would never again compile a function
+        that it has met in one."""
         clock, self.clock = self.clock, Clock(self.device)   # what this step takes does not count
         self.clock.start()
         with torch.compiler.set_stance('force_eager'), PeakMemory() as counted:
@@ -912,8 +916,8 @@ def benchmark_rows(kind: str, tiny: bool) -> dict[str, dict]:
             'branch, checkpointed': dict(scheme='branch', checkpoint_activations=True),
             'branch, as published': dict(scheme='branch', published='branch'),
             'group, one head': dict(scheme='group', selection='ranks'),   # as published_loss has it
-            # Group DETR's code folds its groups into the batch, as is done here: this is what H-DETR's way would cost.
-            'group, that way': dict(scheme='group', selection='ranks', published='group, one head')}
+            # Group DETR's code folds its groups into the batch, as is done here.
+            "group, H-DETR's way": dict(scheme='group', selection='ranks', published='group, one head')}
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -969,8 +973,8 @@ def benchmark(args: argparse.Namespace) -> None:
           f'{", bfloat16" * amp}; batches of {batch_size} images of {settings["image_size"]} pixels; {args.repeats} '
           f'rounds\n'
           f'data: {args.workers} workers load a batch in {np.mean(loading.seconds()):.3g} s, with nothing beside them; '
-          f'one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s; a round waits '
-          f'{spread(waiting.seconds())} s for its batch')
+          f'one process alone loads {1 / np.mean(alone.seconds()):.0f} images/s; a round of '
+          f'{len(rows)} rows waits {spread(waiting.seconds())} s for its batch')
     print_rows(rows, batch)
 
 

@@ -411,10 +411,10 @@ class HybridDETR(nn.Module):
         # Content of a denoising query: its class; the last row, zero, is for empty slots.
         self.denoising_content = nn.Embedding(num_classes + 1, width, padding_idx=num_classes) if denoising else None
         class_head = nn.Linear(width, num_classes)
-        # "No object" is the decoder's only: the encoder ranks its tokens by a sigmoid.
-        decoder_class_head = nn.Linear(width, num_classes + 1) if softmax else class_head
         box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                                  nn.Linear(width, 4))
+        # "No object" is the decoder's only: the encoder ranks its tokens by a sigmoid.
+        decoder_class_head = nn.Linear(width, num_classes + 1) if softmax else class_head
         self.class_heads = clones(decoder_class_head, decoder_layers)
         self.box_heads = clones(box_head, decoder_layers)
         encoder_heads = 1 if selection == 'ranks' else len(groups)

@@ -3112,12 +3112,18 @@ class TestCommands(unittest.TestCase):
                         refused += 1
                         self.assertNotIn('\n', str(error))
         self.assertGreater(refused, 30)
-        # The right shape, and wrong memory behind it.
-        broken = copy.deepcopy(content)
-        moment = broken['optimizer']['state'][3]['exp_avg']
-        broken['optimizer']['state'][3]['exp_avg'] = torch.zeros(1).expand(moment.shape)
-        torch.save(broken, path)
-        self.refuses('moments that do not fit', train.main, '--resume', str(self.root / 'run'))
+        # The right shape, and wrong memory behind it: a single number, or channels in another order.
+        convolution = next(i for i, state in content['optimizer']['state'].items() if state['exp_avg'].dim() == 4)
+        for i, wrong in ((3, lambda x: torch.zeros(1).expand(x.shape)), (convolution, lambda x: x.contiguous())):
+            broken = copy.deepcopy(content)
+            state = broken['optimizer']['state'][i]
+            state['exp_avg'] = wrong(state['exp_avg'])
+            torch.save(broken, path)
+            self.refuses('moments that do not fit', train.main, '--resume', str(self.root / 'run'))
+        for wrong in (list(content['categories'].items()), torch.ones(2)):
+            torch.save({**content, 'categories': wrong}, path)
+            self.refuses('is damaged', train.main, '--resume', str(self.root / 'run'))
+            self.refuses('does not fit', evaluation.main, '--weights', str(path))
         for name, value in (('steps', None), ('data', 3), ('seed', 2 ** 40)):
             broken = copy.deepcopy(content)
             broken['settings'][name] = value

@@ -305,8 +305,7 @@ def lr_factor(settings: dict, progress: float) -> float:
         return 1.0 if progress < (11 / 12 if settings.get('epochs', 12) <= 12 else 5 / 6) else 0.1
     if settings['schedule'] == 'flat-cosine':
         return flat_cosine(progress)
-    along = (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)   # 1e-9: --warmup may be 1
-    return 0.5 * (1 + math.cos(math.pi * along))
+    return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)))
 
 
 def flat_cosine(progress: float) -> float:
@@ -335,7 +334,7 @@ class Step(NamedTuple):
     """What is kept of a step until the next log."""
     step: int
     numbers: dict[str, Tensor]   # of one number each, on the device: loss, matching_stats, gradient_norm
-    images: list[str]                  # their names
+    images: list[str]             # their names
 
 
 def table(recent: list[Step]) -> Tensor:
@@ -518,7 +517,7 @@ def new_folder(settings: dict) -> Path:
 
     if 'out' not in settings:
         base = Path('runs') / settings['scheme']
-        return next(filter(free, (base, *(Path(f'{base}_{i}') for i in range(2, 10_000)))))
+        return next(filter(free, (Path(f'{base}_{i}') if i > 1 else base for i in range(1, 10_000))))
     out = Path(settings['out'])
     if not free(out):
         how = f'go on with --resume {out}' if (out / 'checkpoint.pt').exists() else 'without a checkpoint: delete it'
