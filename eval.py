@@ -688,7 +688,7 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         most_layers = max(len(layers) for layers, *_ in of_layers.values())
         highest = max(scores.max() for *_, scores in of_layers.values())
         draw_lines(of_layers, ('decoder layer', 'unstable score, %'), unstable,
-                   (with_margin((1, most_layers), 1), (0, max(1e-3, highest))))
+                   (with_margin((1, most_layers), 1), (0, with_margin((0, highest), 1e-3)[1])))
         print(f'picture: {unstable}')
 
 
