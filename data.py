@@ -184,7 +184,7 @@ class ShapesDataset(Dataset):
         return Image.fromarray(image), target, index, f'shapes/{self.split}/{index}'
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        _, index = key   # the same in every epoch: images that never run out need no augmentation
+        _, index = key   # the same in every epoch: not augmented
         image, target, image_id, name = self.load(index)
         boxes = box_convert(target['boxes'].as_subclass(Tensor) / self.size, 'xyxy', 'cxcywh')
         return Sample(normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes, image_id,

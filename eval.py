@@ -648,17 +648,22 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
     means. Raises UserError if a folder holds no evaluated run, or repetitions differ in their evaluations.
     """
     runs: dict[str, list[list[dict]]] = {}
+    speeds: dict[str, list[float]] = {}
     for folder in folders:
         file = Path(folder) / 'metrics.jsonl'
         if not file.is_file():
             raise UserError(f'{file} does not exist: --compare takes folders of train.py')
-        evaluations = [record for record in read_metrics(file) if 'AP' in record]
+        records = read_metrics(file)
+        evaluations = [record for record in records if 'AP' in record]
         for record in evaluations:
             if not all(isinstance(record.get(key), (int, float)) for key in ('AP', 'AP50', 'duplicates')):
                 raise UserError(f'{file}: the evaluation of step {record["step"]} lacks a number')
-        runs.setdefault(Path(folder).name.rsplit('-', 1)[0], []).append(evaluations)
+        name = Path(folder).name.rsplit('-', 1)[0]
+        runs.setdefault(name, []).append(evaluations)
+        logged = [record['images_per_second'] for record in records if 'images_per_second' in record]
+        speeds.setdefault(name, []).append(np.median(logged) if logged else math.nan)
     lines, of_layers = {}, {}
-    print('| run | seeds | steps | AP | AP50 | duplicates |\n|---|---|---|---|---|---|')
+    print('| run | seeds | steps | AP | AP50 | duplicates | images/s |\n|---|---|---|---|---|---|---|')
     for name, repetitions in runs.items():
         steps = [record['step'] for record in repetitions[0]]
         if not steps or any([record['step'] for record in run] != steps for run in repetitions):
@@ -666,7 +671,7 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         last = [run[-1] for run in repetitions]
         results = [[record[key] for record in last] for key in ('AP', 'AP50', 'duplicates')]
         cells = [f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' for values in results]
-        print(f'| {name} | {len(last)} | {steps[-1]} | {" | ".join(cells)} |')
+        print(f'| {name} | {len(last)} | {steps[-1]} | {" | ".join(cells)} | {np.mean(speeds[name]):.1f} |')
         ap = np.array([[record['AP'] for record in run] for run in repetitions])
         lines[name] = steps, ap.mean(0), ap.min(0), ap.max(0)
         if unstable and all(record.get('unstable') for record in last):
@@ -676,7 +681,7 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
             of_layers[name] = range(1, scores.shape[1] + 1), scores.mean(0), scores.min(0), scores.max(0)
     if unstable and not of_layers:
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
-    print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds')
+    print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds; images/s: of training, median of a run')
     if picture:   # from the first evaluation on: the differences at the end are small
         every_step = np.concatenate([line[0] for line in lines.values()])
         every_ap = np.concatenate([ap for line in lines.values() for ap in line[1:]])
