@@ -661,6 +661,8 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         name = Path(folder).name.rsplit('-', 1)[0]
         runs.setdefault(name, []).append(evaluations)
         logged = [record['images_per_second'] for record in records if 'images_per_second' in record]
+        if not all(isinstance(speed, (int, float)) for speed in logged):
+            raise UserError(f'{file}: an images_per_second is no number')
         speeds.setdefault(name, []).append(np.median(logged) if logged else math.nan)
     lines, of_layers = {}, {}
     print('| run | seeds | steps | AP | AP50 | duplicates | images/s |\n|---|---|---|---|---|---|---|')
@@ -681,7 +683,8 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
             of_layers[name] = range(1, scores.shape[1] + 1), scores.mean(0), scores.min(0), scores.max(0)
     if unstable and not of_layers:
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
-    print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds; images/s: of training, median of a run')
+    print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds; images/s: mean over the seeds of the median '
+          'in training,\nwhich compares only runs on a machine that was as busy')
     if picture:   # from the first evaluation on: the differences at the end are small
         every_step = np.concatenate([line[0] for line in lines.values()])
         every_ap = np.concatenate([ap for line in lines.values() for ap in line[1:]])

@@ -2588,15 +2588,18 @@ class TestMeasures(unittest.TestCase):
 
     def test_comparison_of_runs(self):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name, aps in {'group-0': (0.1, 0.4), 'group-1': (0.2, 0.6), 'one2one-0': (0.3, 0.3)}.items():
+        for speed, (name, aps) in enumerate({'group-0': (0.1, 0.4), 'group-1': (0.2, 0.6),
+                                             'one2one-0': (0.3, 0.3)}.items()):
             (folder / name).mkdir()
-            (folder / name / 'metrics.jsonl').write_text('{"step": 5, "loss": 1}\n' + ''.join(json.dumps({
+            line = json.dumps({'step': 5, 'loss': 1, 'images_per_second': 20 + 10 * speed}) + '\n'
+            (folder / name / 'metrics.jsonl').write_text(line + ''.join(json.dumps({
                 'step': 10 * i + 10, 'AP': ap, 'AP50': ap, 'duplicates': 0}) + '\n' for i, ap in enumerate(aps))
                 + '{"step": 30, "lo')
         runs = [str(folder / name) for name in ('group-0', 'group-1', 'one2one-0')]
         with quiet() as printed:
             evaluation.main(['--compare', *runs, '--curves', str(folder / 'curves.png')])
         self.assertIn('| group | 2 | 20 | 0.500 (0.400-0.600) |', printed.getvalue())
+        self.assertIn(' | 25.0 |\n', printed.getvalue(), 'the mean of 20 and 30 images/s')
         self.assertIn('| one2one | 1 | 20 | 0.300 (0.300-0.300) |', printed.getvalue())
         image = np.array(Image.open(folder / 'curves.png').convert('RGB')).astype(int)
         column = np.abs(image[100:, round((130 + 1420 * 0.5) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # between the steps
@@ -2623,6 +2626,10 @@ class TestMeasures(unittest.TestCase):
             file.write_text(file.read_text().replace('[40, 30, 20]', '[40, 30]'))
             evaluation.main(['--compare', str(folder / 'one2one-0'), str(folder / 'one2one-1'), '--unstable-curves',
                              str(folder / 'layers.png')])
+        file = folder / 'one2one-1' / 'metrics.jsonl'
+        file.write_text(json.dumps({'step': 5, 'images_per_second': 'x'}) + '\n')
+        with self.assertRaisesRegex(data.UserError, 'images_per_second is no number'), quiet():
+            evaluation.main(['--compare', str(file.parent)])
         (folder / 'group-1' / 'metrics.jsonl').write_text('')
         for flags, message in ((runs, 'group: its runs have no evaluat'), ([str(folder)], 'metrics.jsonl does not')):
             with self.assertRaisesRegex(data.UserError, message), quiet():
