@@ -156,7 +156,7 @@ def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: T
         cell = (torch.stack([column, row], -1) + 0.5).flatten(0, 1)                                 # (h*w, 2)
         # Divided by the cells of the image, so that 0..1 spans it without its padding.
         centres.append(cell / valid_wh[:, None])                                                    # (B, h*w, 2)
-        # The code has y before x, and 1e-6 in the divisor (official code).
+        # The position code has y before x, and 1e-6 in the divisor, as in the official code.
         y_x = (cell / (valid_wh[:, None] + 1e-6)).flip(-1)                                          # (B, h*w, 2)
         positions.append(sine_code(y_x, level_embed.shape[1] // 2) + level_code)                    # (B, h*w, D)
         paddings.append(padding.flatten(1))
@@ -278,7 +278,7 @@ class GroupSelfAttention(nn.Module):
 
         What the sizes leave over at the end of the row are denoising queries, in groups of R. Each sees its own
         denoising group and the first group, the detector's. (In DINO they see all matching queries, which are one
-        group; here only the first of several.) No matching query sees them, since they know the answer.
+        group; here only the first of several, if they are separate.) No matching query sees them: they know the answer.
         """
         B, _, D = content.shape
         matching = sum(groups)

@@ -334,7 +334,7 @@ class Step(NamedTuple):
     """What is kept of a step until the next log."""
     step: int
     numbers: dict[str, Tensor]   # of one number each, on the device: loss, matching_stats, gradient_norm
-    images: list[str]             # their names
+    images: list[str]            # their names
 
 
 def table(recent: list[Step]) -> Tensor:
