@@ -2352,8 +2352,8 @@ class TestBadInput(unittest.TestCase):
 
     def test_damaged_checkpoints(self):
         """Cut off, with random bytes, without an entry, with another: each gives a detector or one line."""
-        with unittest.mock.patch.dict(train.TINY_MODEL, width=32, heads=2, encoder_layers=1, decoder_layers=1), quiet():
-            settings = train.complete({'scheme': 'one2one', 'ffn': 8})
+        with unittest.mock.patch.dict(train.TINY_MODEL, width=32, heads=2, encoder_layers=1), quiet():
+            settings = train.complete({'scheme': 'one2one', 'ffn': 8, 'decoder_layers': 1})
             content = {'model': train.build_model(settings, 3).state_dict(), 'settings': settings, 'step': 1,
                        'categories': {'ids': [1, 2, 3], 'names': ['a', 'b', 'c']},
                        'architecture': train.architecture(settings, 3)}
@@ -2804,7 +2804,7 @@ class TestCommands(unittest.TestCase):
                              f'not all pairs of {kinds[a]} and {kinds[b]}')
         numbers = dict(branch=dict(T=6, K=2), epoch=dict(K=2, rho=0.5), layer=dict(K=2, L1=1), group=dict(G=2),
                        one2many=dict(K=2))
-        small = dict(width=32, heads=2, encoder_layers=2, decoder_layers=2, levels=3)
+        small = dict(width=32, heads=2, encoder_layers=2, levels=3)
         with (unittest.mock.patch.dict(train.TINY_MODEL, small), quiet(),
               unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone),
               unittest.mock.patch.object(evaluation, 'detect', lambda *args, **kwargs: np.zeros((0, 7))),
@@ -2816,7 +2816,9 @@ class TestCommands(unittest.TestCase):
                 out = self.root / '-'.join(map(str, run))
                 train.main([*SMALL, '--image-size', '32', '--queries', '12', '--ffn', '32', '--steps', '4', '--out',
                             str(out), '--scheme', scheme, '--cls-loss', loss, '--cost', cost, '--fusion', fusion,
-                            '--denoising', str(denoising), *flags])
+                            '--denoising', str(denoising), '--decoder-layers', '2', *flags])
+                self.assertEqual(evaluation.read_checkpoint(str(out / 'checkpoint.pt'))['architecture'][
+                    'decoder_layers'], 2)
                 record = json.loads((out / 'metrics.jsonl').read_text().splitlines()[-2])
                 self.assertTrue(math.isfinite(record['loss']) and record['positives'] > 0, record)
 
@@ -3098,8 +3100,9 @@ class TestCommands(unittest.TestCase):
 
     def test_damaged_checkpoints_of_a_run(self):
         """40 more, by the entrances that read more of the file: each goes on, or ends in one line."""
-        small = dict(width=32, heads=2, encoder_layers=1, decoder_layers=1)
+        small = dict(width=32, heads=2, encoder_layers=1)
         self.enterContext(unittest.mock.patch.dict(train.TINY_MODEL, small))
+        self.enterContext(unittest.mock.patch.dict(train.TINY, decoder_layers=1))
         self.enterContext(unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone))
         self.enterContext(unittest.mock.patch.object(evaluation, 'average_precision', lambda *args, **kwargs: ({
             'AP': 0.0, 'AP50': 0.0}, {})))
@@ -3324,6 +3327,8 @@ class TestCommands(unittest.TestCase):
                      '1.5')
         self.refuses('--rho', train.main, *run, '--scheme', 'epoch', '--rho', '2')
         self.refuses('--L1 9', train.main, *run, '--scheme', 'layer', '--L1', '9')
+        self.refuses('--L1 2: the decoder has 1 layers', train.main, *run, '--scheme', 'layer', '--decoder-layers', '1')
+        self.refuses('--decoder-layers 0', train.main, *run, '--decoder-layers', '0')
         self.refuses('holds a run: go on with --resume', train.main, *SMALL, '--out', str(self.root / 'run'))
         self.refuses('a resumed run keeps its settings', train.main, '--resume', str(self.root / 'run'), '--scheme',
                      'group')

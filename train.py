@@ -43,15 +43,15 @@ COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, clip=0.1, we
               mal_gamma=1.5, f1='s2', rescale='one', official_losses=False, cost='focal', f2=0.5, fusion='none',
               denoising=0, dense_o2o=False, ema=0.0, unstable=0, accumulate=1)
 TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine', warmup=0.05, ffn=256,
-            pretrained=False)
+            decoder_layers=3, pretrained=False)
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
-PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048)
+PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048, decoder_layers=6)
 OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # losses whose released code differs from the paper
 # About 1 / (1 - decay) steps are averaged: 10,000 of the 440,000 of DEIM (its code; the warm-up is that of its
 # RT-DETRv2), 50 of the 600 of tiny. The key: is the model tiny?
 EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}
-TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, decoder_layers=3, levels=3)
-PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, decoder_layers=6, levels=4)
+TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, levels=3)
+PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, levels=4)
 
 # Stable-DINO and DEIM add no row to matchers.query_groups: what they change are switches, which go with every scheme.
 # A preset is one2one with the paper's. Both papers build on detectors with contrastive denoising (DINO, RT-DETRv2).
@@ -391,13 +391,14 @@ def open_data(settings: dict):
 def architecture(settings: dict, num_classes: int) -> dict:
     """The arguments of HybridDETR, which a checkpoint has to remember."""
     tiny = settings['model'] == 'tiny'
-    size = TINY_MODEL if tiny else PAPER_MODEL
-    groups = query_groups(layers=size['decoder_layers'], **row_of(settings))
-    switches = ('ffn', 'dropout', 'mixed_selection', 'look_forward_twice', 'separate_attention', 'selection', 'fusion')
+    groups = query_groups(layers=settings['decoder_layers'], **row_of(settings))
+    switches = ('decoder_layers', 'ffn', 'dropout', 'mixed_selection', 'look_forward_twice', 'separate_attention',
+                'selection', 'fusion')
     return dict(num_classes=num_classes, groups=[group.queries for group in groups],
                 backbone='resnet50' if settings['model'] == 'r50' else settings['model'],
                 frozen_backbone=settings['pretrained'], denoising=settings['denoising'] > 0,
-                softmax=settings['cls_loss'] == 'ce', **{name: settings[name] for name in switches}, **size)
+                softmax=settings['cls_loss'] == 'ce', **{name: settings[name] for name in switches},
+                **(TINY_MODEL if tiny else PAPER_MODEL))
 
 
 def row_of(settings: dict) -> dict:
@@ -546,7 +547,8 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
         raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
     try:
         # First, what older versions did not save.
-        settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0, **checkpoint['settings']}
+        settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0,
+                    'decoder_layers': checkpoint['architecture']['decoder_layers'], **checkpoint['settings']}
         fresh = complete({name: settings[name] for name in ('scheme', 'model', 'data')})
         length = 'steps' if 'steps' in settings else 'epochs'   # a run has one of them
         kinds = [(settings, name, (type(default), int)) for name, default in fresh.items()   # int: a whole float
@@ -745,7 +747,8 @@ def parse(argv: list[str] | None = None) -> dict:
     add('--ema', type=float, nargs='?', const=True, metavar='DECAY',
         help='evaluate and save a moving average of the weights (default 0, which is none; without DECAY 0.9999, tiny '
              '0.98)')
-    add = parser.add_argument_group('model: the switches of H-DETR Table 8').add_argument
+    add = parser.add_argument_group('model: depth, and the switches of H-DETR Table 8').add_argument
+    add('--decoder-layers', type=int, help='L (tiny 3, else 6)')
     add('--ffn', type=int, help='width of the feed-forward layers (tiny 256, else 2048)')
     add('--dropout', type=float, help='dropout in the transformer (default 0)')
     add('--no-mixed-selection', dest='mixed_selection', action='store_false',
@@ -846,8 +849,9 @@ def check(settings: dict) -> None:
         if settings[name] not in choices:
             raise UserError(f'{flag(name, settings[name])}: choose from {", ".join(choices)}')
     for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
-                            overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0, class_weight=0, mal_gamma=1,
-                            cost_class=0, f2=0, denoising=0, ema=0, unstable=0, accumulate=1).items():
+                            decoder_layers=1, overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0,
+                            class_weight=0, mal_gamma=1, cost_class=0, f2=0, denoising=0, ema=0, unstable=0,
+                            accumulate=1).items():
         if not math.inf > settings.get(name, least) >= least:   # so that nan fails, too
             raise UserError(f'{flag(name, settings[name])}: must be a number of at least {least}')
     # numpy's generator takes 32 bits, and the shapes of `val` have seed 2 * seed + 1; torch's, 64 of seed * steps.
@@ -863,9 +867,8 @@ def check(settings: dict) -> None:
             raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
     if settings['schedule'] == 'flat-cosine' and settings['warmup'] > DENSE[1]:
         raise UserError(f'--warmup {settings["warmup"]}: flat-cosine falls from {DENSE[1]:.2f} of training on')
-    layers = (TINY_MODEL if settings['model'] == 'tiny' else PAPER_MODEL)['decoder_layers']
-    if settings.get('L1', 0) > layers:
-        raise UserError(f'--L1 {settings["L1"]}: the decoder has {layers} layers')
+    if settings.get('L1', 0) > settings['decoder_layers']:
+        raise UserError(f'--L1 {settings["L1"]}: the decoder has {settings["decoder_layers"]} layers')
 
 
 def has_bfloat16(device: torch.device) -> bool:
