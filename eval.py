@@ -46,8 +46,8 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, Batch, Categories, Dataset, First
                   open_dataset, train_loader, val_loader)
 from hybrid_detr import HybridDETR, Outputs, from_official
 from losses import MATCHED, criterion, curve as loss_curve
-from matchers import (TOY_ROWS, Cost, assign, class_scores, denoising_queries, encoder_groups, match, matching_cost,
-                      query_groups, toy)
+from matchers import (TOY_COST, TOY_ROWS, Cost, assign, class_scores, denoising_queries, encoder_groups, match,
+                      matching_cost, query_groups, toy)
 
 METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
            'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large')
@@ -572,9 +572,11 @@ def draw_schemes(path: Path) -> None:
                 left, top = x + 374 + 52 * k, y + 130 + 52 * q
                 seen = '#444444' if group_of[q] == group_of[k] else 'white'
                 pen.rectangle((left, top, left + 52, top + 52), seen, '#BBBBBB', 2)
-    pen.text((50, 2580), 'Circle: query, in the colour of the ground truth (square) it has to find; grey: '
-             '"nothing here".\nMatrix: self-attention, the query of a row sees those of the dark columns.', 'black',
-             small)
+    costs = ';  '.join(f'{letter}: ' + '  '.join(f'{cost:g}' for cost in column)
+                      for letter, column in zip('AB', TOY_COST.T.tolist()))
+    pen.text((50, 2545), 'Circle: query, in the colour of the ground truth (square) it has to find; grey: '
+             '"nothing here".\nMatrix: self-attention, the query of a row (q0 to q5) sees those of the dark columns '
+             f'(q0 to q5, too).\nCost of q0 to q5 for each ground truth, in all panels: {costs}.', 'black', small)
     image.reduce(2).save(path)
 
 

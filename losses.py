@@ -236,7 +236,9 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
     else:
         pair_logits, s = logits[(*pair, label)], iou                                                    # (P,) each
         if how.cls_loss == 'stable':
-            owner = (layer * B + image) * len(groups) + group_of[query]   # (P,): index into (L, B, G), flattened
+            # The largest target of each layer, image and group is rescaled by itself: entry (l, b, g) of (L, B, G), as
+            # one number.
+            owner = (layer * B + image) * len(groups) + group_of[query]                             # (P,)
             peak = None
             if how.rescale == 'one':
                 peak = torch.ones_like(weight).repeat(L * B)

@@ -74,7 +74,8 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
 
     The first group is the detector; the others exist only in training (Group DETR Alg. 1, H-DETR §3.2.1). It needs no
     NMS under two conditions: its last layers end training one-to-one, and its self-attention never sees another group.
-    Then one query for each object is rewarded, and a second one is background. A new scheme is a new row.
+    Then one query for each object is rewarded, and a second one is background. A new scheme is a new row (and its
+    numbers a row in train.TINY_ROWS and PAPER_ROWS).
 
     n: queries of the first group; T, K, weight (lambda in the paper): queries, copies and loss weight of the
     one-to-many part; rho, L1: the part of training (progress < rho) and the number of first layers that are
@@ -83,20 +84,24 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
     Raises ValueError for a scheme that is not in the table.
     """
     one, many = (1,) * layers, (K,) * layers
+    # In the equations, loss(P_l, gt) is that of the predictions of layer l, matched with the ground truths one-to-one;
+    # with K gt, each of these repeated K times, it is one-to-many.
     table = {
-        # DETR: every ground truth has one query, all others learn "nothing here".
+        # DETR; H-DETR Eq. 1: sum over l of loss(P_l, gt). A ground truth has one query, others learn "nothing here".
         'one2one': [QueryGroup(n, one)],
-        # H-DETR §3.2.1, Eq. 1-2: L_one2one + lambda * L_one2many. The T queries are one group and see each other: they
-        # are matched together, and share out the copies among themselves. K = 1 and 2 lose (Table 9, T = 300 K: 46.4
-        # and 46.7 against 47.0 AP) and K = 3 and more gain; the authors' guess is that the second group starts from
-        # worse proposals, which few copies do not repay (§4.2; App. D: with better ones K = 1 gains).
+        # H-DETR §3.2.1: Eq. 1 for the first group, plus lambda times Eq. 2, sum over l of loss(P_l, K gt), for the
+        # second. Its T queries see each other: they are matched together, and share out the copies among themselves.
+        # K = 1 and 2 lose (Table 9, T = 300 K: 46.4 and 46.7 against 47.0 AP), K = 3 and more gain; the authors' guess
+        # is that the second group starts from worse proposals, which few copies do not repay (§4.2; in App. D, K = 1
+        # gains with better ones).
         'branch': [QueryGroup(n, one), QueryGroup(T, many, weight, proposal_copies=K + 1)],
-        # H-DETR §3.2.2, Eq. 3-4: one-to-many for the first rho of training, then one-to-one.
+        # H-DETR §3.2.2, Eq. 3: sum over l of loss(P_l, K gt) for the first rho of training; then Eq. 4, as Eq. 1.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
-        # H-DETR §3.2.2, Eq. 5-6: one-to-many on the first L1 layers. (As printed they overlap in layer L1.)
+        # H-DETR §3.2.2, Eq. 5 and 6: sum over l <= L1 of loss(P_l, K gt), plus sum over l > L1 of loss(P_l, gt). (As
+        # printed, Eq. 6 begins with l = L1, so that this layer counts in both.)
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
-        # Group DETR Eq. 5-7: the mean of G one-to-one losses. The groups must not see each other: a query would find
-        # the queries of other groups on its object and learn to count on them, and at inference they are gone
+        # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses. Groups must not see each other (Eq. 5):
+        # a query would find those of others on its object and learn to count on them, and at inference they are gone
         # (Table 7: 34.8 AP with attention across the groups, 37.6 without). It is more than a mask: each group is
         # matched and weighed by itself, and attention folds equal groups into the batch (Alg. 1; hybrid_detr.py).
         'group': [QueryGroup(n, one, 1 / G)] * G,
@@ -220,10 +225,10 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
 class Denoising(NamedTuple):
     """Queries made from ground truths, in groups of m slots with little noise and m with much; m is the number of
     boxes of the fullest image, and images with fewer leave slots empty. In the row all of them are one QueryGroup,
-    whose denoising groups see themselves and the detector, and are seen by none (hybrid_detr.GroupSelfAttention)."""
-    labels: Tensor   # (B, groups*2*m) int64, C at empty slots
-    boxes: Tensor    # (B, groups*2*m, 4)
-    groups: int
+    whose X denoising groups see themselves and the detector, and are seen by none (hybrid_detr.GroupSelfAttention)."""
+    labels: Tensor   # (B, X*2*m) int64, C at empty slots
+    boxes: Tensor    # (B, X*2*m, 4)
+    groups: int      # X
 
     def query_group(self, layers: int) -> QueryGroup:
         """As one more group of the row: every ground truth has a copy in each denoising group."""
@@ -234,7 +239,7 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
                       label_noise: float = 0.5, box_noise: float = 1.0) -> Denoising:
     """Contrastive denoising (DINO; used by Stable-DINO and DEIM): boxes and labels with noise, to be restored.
 
-    gt_labels, gt_boxes: B tensors (M_b,), (M_b,4). There are max(1, number // m) groups, i.e. about `number` noisy
+    gt_labels, gt_boxes: B tensors (M_b,), (M_b,4). There are X = max(1, number // m) groups, i.e. about `number` noisy
     ground truths of the fullest image. A label is drawn anew with probability label_noise / 2 (as in DINO's code). Each
     corner moves by r * half the box's width or height * box_noise, to either side: r in 0..1 for the first m queries of
     a group, which answer for their ground truths, and in 1..2 for the other m, which are near misses and have to learn
@@ -245,41 +250,41 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
     group a denoising task of its own (footnote 3), which is in no released code, and not here.
     """
     B, m = len(gt_labels), max(1, *map(len, gt_labels))
-    G = max(1, number // m) if any(map(len, gt_labels)) else 1
+    X = max(1, number // m) if any(map(len, gt_labels)) else 1
     # One image more, of m boxes, dropped again: so the length is m even in a batch without boxes.
     more_labels, more_boxes = gt_labels[0].new_empty(m), gt_boxes[0].new_empty(m, 4)
     labels = pad_sequence([*gt_labels, more_labels], batch_first=True, padding_value=num_classes)[:B]   # (B, m)
     # 0.5: any box will do for an empty slot, which is background.
     boxes = pad_sequence([*gt_boxes, more_boxes], batch_first=True, padding_value=0.5)[:B]              # (B, m, 4)
-    labels, boxes = (x[:, None, None].expand(B, G, 2, *x.shape[1:]) for x in (labels, boxes))      # (B, G, 2, m, .)
+    labels, boxes = (x[:, None, None].expand(B, X, 2, *x.shape[1:]) for x in (labels, boxes))      # (B, X, 2, m, .)
     empty = labels == num_classes
     anew = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & ~empty
     labels = torch.where(anew, torch.randint_like(labels, num_classes), labels)
 
     far = torch.arange(2, device=boxes.device).view(2, 1, 1)   # 0 in the first half of a group, 1 in the second
     sign = torch.randint_like(boxes, 2) * 2 - 1
-    half = torch.cat([boxes[..., 2:]] * 2, -1) / 2                              # (w, h, w, h) / 2 (B, G, 2, m, 4)
+    half = torch.cat([boxes[..., 2:]] * 2, -1) / 2                              # (w, h, w, h) / 2 (B, X, 2, m, 4)
     corners = box_convert(boxes, 'cxcywh', 'xyxy') + sign * (torch.rand_like(boxes) + far) * half * box_noise
     # The corners as two rows (x, y), of which the smaller x and the smaller y come first.
     in_order = corners.clamp(0, 1).unflatten(-1, (2, 2)).sort(-2).values.flatten(-2)
     boxes = torch.where(empty[..., None], boxes, box_convert(in_order, 'xyxy', 'cxcywh'))
-    return Denoising(labels.flatten(1), boxes.flatten(1, 3), G)
+    return Denoising(labels.flatten(1), boxes.flatten(1, 3), X)
 
 
-def known_pairs(queries: int, groups: int, M: int) -> tuple[Tensor, Tensor]:
-    """Slot j of each denoising group answers for ground truth j of M: -> query_idx, gt_idx (groups*M,). A group has 2m
+def known_pairs(queries: int, X: int, M: int) -> tuple[Tensor, Tensor]:
+    """Slot j of each of X denoising groups answers for ground truth j of M: -> query_idx, gt_idx (X*M,). A group has 2m
     slots, m >= M, so these lie in its half with little noise."""
-    first = torch.arange(groups) * (queries // groups)
-    return (first[:, None] + torch.arange(M)).flatten(), torch.arange(M).repeat(groups)
+    first = torch.arange(X) * (queries // X)
+    return (first[:, None] + torch.arange(M)).flatten(), torch.arange(M).repeat(X)
 
 
 def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
     """The encoder's proposals as a row of one layer. There is E = 1 head for all groups, or one for each; each head's
     scores of all S tokens form a group of this row.
 
-    One head is matched one-to-one (official code of H-DETR). So is each head where every group has one (Group DETR A.2
-    has the heads and leaves their matching open; its codes), but for that of H-DETR's one-to-many group, which gets
-    K + 1 copies (App. D). Each weighs as much as its group.
+    One head is matched one-to-one (official code of H-DETR). Where every group has a head, each is matched one-to-one
+    as well (Group DETR A.2 has the heads, but not how they are matched; its codes do this), except that of H-DETR's
+    one-to-many group: K + 1 copies (App. D). Each weighs as much as its group.
     """
     if heads == 1:
         return [QueryGroup(tokens, (1,))]

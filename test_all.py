@@ -1123,11 +1123,11 @@ class TestExercises(unittest.TestCase):
         boxes = (torch.rand(2, 2, 4, 4) * 0.3 + 0.3).requires_grad_()
         logits = torch.randn(2, 2, 4, 2, requires_grad=True)
 
-        def parts(pairs, groups, num_boxes=3.0):   # (layer, image, query, gt of the batch)
+        def parts(pairs, groups, num_boxes=3.0, why=''):   # (layer, image, query, gt of the batch)
             matches = Matches(*torch.tensor(pairs, dtype=torch.int64).view(-1, 4).T)
             found = self.attempt('set_loss returns the class, L1 and GIoU loss and the IoU of every pair; gt counts '
-                                 'through the batch, here 0 to 2', losses.set_loss, logits, boxes, labels, gt, matches,
-                                 groups, num_boxes)
+                                 f'through the batch, here 0 to 2. This case, {len(pairs)} pairs: {why}',
+                                 losses.set_loss, logits, boxes, labels, gt, matches, groups, num_boxes)
             self.assertEqual(len(found), 4, 'return the class, L1 and GIoU loss and the IoU of every pair')
             return found
 
@@ -1167,7 +1167,7 @@ class TestExercises(unittest.TestCase):
                 (pair, [QueryGroup(4, (1, 1), 0.25)], 1.0, 'the whole loss of a group has its weight, here 1/4'),
                 (whole, copied, 3.0, 'two groups: each query, matched or background, has the weight and the copies of '
                  'its own group')):
-            found, wanted = parts(pairs, groups, num_boxes), by_hand(pairs, groups, num_boxes)
+            found, wanted = parts(pairs, groups, num_boxes, why), by_hand(pairs, groups, num_boxes)
             for i, name in ((1, 'L1'), (2, 'GIoU'), (0, 'class')):
                 self.assertIsInstance(found[i], torch.Tensor, f'{name} loss: return a tensor, not a number')
                 self.close(found[i].float(), wanted[i], f'{name} loss. {why}')
@@ -1189,7 +1189,8 @@ class TestExercises(unittest.TestCase):
                                (h, w), f'image{value}')
         first, second = sample(4, 8, 1, [0.5, 0.5, 0.5, 1]), sample(6, 4, 2, [0.5, 0.25, 1, 0.5])
         copies = copy.deepcopy((first, second))
-        mixed = self.attempt('return a Sample, as sample._replace(...)', data.mixup, first, second, 0.25)
+        mixed = self.attempt('return a Sample, as sample._replace(...); its image is as high and as wide as the larger '
+                             'of both, each of which lies in its top left corner', data.mixup, first, second, 0.25)
         self.assertIsInstance(mixed, data.Sample, 'return a Sample, as sample._replace(...)')
         self.assertEqual(tuple(mixed.image.shape), (3, 6, 8), 'as high and as wide as the larger of both')
         self.close(mixed.image[0, [0, 0, 5, 5], [0, 7, 0, 7]], [1.75, 0.25, 1.5, 0], 'corners top left, top right, '
@@ -1208,8 +1209,10 @@ class TestExercises(unittest.TestCase):
             query_groups('no such scheme', 3, n=2)
         schemes = [scheme for scheme in train.TINY_ROWS if scheme not in train.PRESETS]
         listed = str(caught.exception).partition('choose from ')[2]   # of the solution's message, if it is still there
-        self.assertEqual(set(listed.split(', ') if listed else schemes), set(schemes), 'the table of query_groups and '
-                         'train.TINY_ROWS need the same schemes')
+        names = set(listed.split(', ') if listed else schemes)
+        self.assertEqual(names, set(schemes), 'the table of query_groups and train.TINY_ROWS need the same schemes; in '
+                         f'one only: {sorted(names ^ set(schemes))}')
+        others = dict(T=9, K=7, weight=0.37, rho=0.1, L1=1, G=5)
         rng = np.random.default_rng(0)
         labels, boxes = random_targets(rng, (3, 0, 2), 4)
         for (table, rows), layers in (((('TINY_ROWS', train.TINY_ROWS)), 3), ((('PAPER_ROWS', train.PAPER_ROWS)), 6)):
@@ -1221,6 +1224,10 @@ class TestExercises(unittest.TestCase):
                 self.assertLessEqual(set(numbers), set(train.ROW_NUMBERS), f'{what}only {train.ROW_NUMBERS} have '
                                      'flags, and others would not reach query_groups')
                 groups = self.attempt(what, query_groups, scheme, layers, progress, **numbers)
+                for name in set(others) - set(numbers):
+                    self.assertEqual(query_groups(scheme, layers, progress, **numbers, **{name: others[name]}), groups,
+                                     f'{what}the row depends on {name}, which has no number in train.{table}: its flag '
+                                     'would be refused')
                 sizes = [group.queries for group in groups]
                 self.assertTrue(all(len(group.copies) == layers and all(isinstance(k, int) and k >= 0 for k in
                                                                         group.copies) for group in groups),
