@@ -1,7 +1,8 @@
 """What an assignment costs: the classification and box losses, and what they are divided by.
 
 Letters as in matchers.py: B images, L decoder layers, N queries, C classes, P matched pairs, M boxes of an image, K
-copies, G groups. Every classification loss but ce is, for an entry, a query and a class with score p = sigmoid(logit),
+copies, G groups. Every classification loss but ce is, for an entry (a query and a class) with score p =
+sigmoid(logit),
 
     weight * BCE(p, t) = weight * (-t log p - (1-t) log(1-p))
 
@@ -27,8 +28,8 @@ Where paper and released code part ways, the paper's form is the default and `of
 Stable-DINO's exponent 2 is its code's, since the paper gives none. Not taken from there: F1's exp and sin of s^2
 instead of s, and a rescale that never scales down.
 
-What divides the sum over queries, classes and images, where n_box is the number of ground truth boxes of the batch
-(averaged over the processes; a divisor below 1 counts as 1):
+What divides the sum over queries, classes and images, where n_box is the number of ground truth boxes of the step
+(of all its batches; averaged over the processes; a divisor below 1 counts as 1):
 
     what                     in the paper                  in the official code                here
     one-to-one               n_box for boxes (DETR), else  n_box                               n_box
@@ -42,8 +43,9 @@ What divides the sum over queries, classes and images, where n_box is the number
     encoder, one head        unsaid (H-DETR,               n_box, labels all 0 (H-DETR); full  n_box, labels all 0
                              Stable-DINO, DEIM)            labels, 900 or 300 best tokens
                                                            (Stable-DINO, DEIM)
-    encoder, a head a group  unsaid (Group DETR)           G * n_box, full labels              weight and copies of the
-                                                                                               group, labels all 0
+    encoder, a head a group  unsaid (Group DETR)           G * n_box, full labels              proposal_copies * n_box,
+                                                                                               weight of the group,
+                                                                                               labels all 0
     denoising groups         unsaid                        groups * n_box, class weight 1 in   groups * n_box, the same
                                                            Stable-DINO                         class weight
     background               the same divisor as the matches of its group; of a layer without copies n_box

@@ -98,7 +98,7 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
         # H-DETR §3.2.2, Eq. 3: sum over l of loss(P_l, K gt) for the first rho of training; then Eq. 4, as Eq. 1.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
         # H-DETR §3.2.2, Eq. 5 and 6: sum over l <= L1 of loss(P_l, K gt), plus sum over l > L1 of loss(P_l, gt). (As
-        # printed, Eq. 6 begins with l = L1, so that this layer counts in both.)
+        # printed, the two sums overlap: Eq. 6 begins with L1. The text, and the 504 positives of §4.2, mean this.)
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
         # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses. Groups must not see each other (Eq. 5):
         # a query would find those of others on its object and learn to count on them, and at inference they are gone

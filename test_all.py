@@ -1102,13 +1102,14 @@ class TestExercises(unittest.TestCase):
 
         def target(*args, **kwargs):
             return self.attempt("the number to rescale to is given for each owner: index it with `owner`; an owner may "
-                                'have no pair', losses.stable_target, *args, **kwargs)
+                                'have no pair; None: no rescale', losses.stable_target, *args, **kwargs)
         self.close(target(iou, score, owner, None), [0.25, 0.01, 0.0625, 0], 'no rescale, s2: the square of the IoU')
         self.close(target(iou, score, owner, None, 's1p1'), [0.45, 0.09, 0.225, 0], "f1 is looked up in F1, here s * p")
         self.close(target(iou, score, owner, torch.ones(3)), [1, 1, 0.25, 0], 'rescaled to one: the best pair of each '
                    'owner, however bad, gets the target 1, and its others keep their ratio to it')
         self.close(target(iou, score, owner, torch.tensor([0.005, 0.7, 0.8])), [0.8, 0.005, 0.2, 0], 'rescaled to 0.8 '
-                   'for owner 2 and 0.005 for owner 0, which is less than its 0.01: this scales down, too')
+                   'for owner 2 and 0.005 for owner 0, which is less than its 0.01: this scales down, too. First '
+                   'comes f1, then the factor')
         self.close(target(torch.zeros(2), score[:2], owner[:2], torch.ones(3)), [0, 0], 'pairs of which none overlaps '
                    'keep the target 0 (mind a division by 0)')
         for wanted in (None, torch.ones(3)):
@@ -1223,7 +1224,10 @@ class TestExercises(unittest.TestCase):
                 numbers, what = rows[scheme], f'{scheme} with the numbers of train.{table}, at {progress} of training: '
                 self.assertLessEqual(set(numbers), set(train.ROW_NUMBERS), f'{what}only {train.ROW_NUMBERS} have '
                                      'flags, and others would not reach query_groups')
-                groups = self.attempt(what, query_groups, scheme, layers, progress, **numbers)
+                shape = f'{what}return a list of QueryGroup, whose copies are a tuple with an entry for each layer'
+                groups = self.attempt(shape, query_groups, scheme, layers, progress, **numbers)
+                self.assertTrue(isinstance(groups, list) and groups and all(isinstance(g, QueryGroup) and isinstance(
+                    g.copies, tuple) for g in groups), f'{shape}, not {groups}')
                 for name in set(others) - set(numbers):
                     self.assertEqual(query_groups(scheme, layers, progress, **numbers, **{name: others[name]}), groups,
                                      f'{what}the row depends on {name}, which has no number in train.{table}: its flag '
@@ -3454,6 +3458,7 @@ class TestReadme(unittest.TestCase):
         prose, fenced = (''.join(re.split(r'^```.*\n', self.text, flags=re.M)[i::2]) for i in (0, 1))
         block = fenced.replace('\\\n', ' ')
         values = dict(re.findall(r'^ *(\w+)="([^"]*)"', block, re.M))   # small="python train.py ..."
+        values |= dict(re.findall(r'for (\w+) in "([^"]*)"', block))     # of a loop the first round
         for _ in values:
             block = re.sub(r'\$(\w+)', lambda match: values.get(match[1], '1'), block)
         lines = [*re.findall(r'`([^`\n]*python [^`]*)`', prose), *block.splitlines(),
