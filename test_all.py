@@ -3413,7 +3413,8 @@ class TestCommands(unittest.TestCase):
 # --- The README -----------------------------------------------------------------------------------------------------
 
 def line_counts(file):
-    """-> all lines, lines of comments and docstrings for each line of code (a line with both is code)."""
+    """-> all lines, lines of comments and docstrings for each line of code (a line with both is code).
+    Blank lines are neither."""
     text = (HERE / file).read_text()
     documented = (node for node in ast.walk(ast.parse(text)) if isinstance(
         node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None)
@@ -3424,7 +3425,8 @@ def line_counts(file):
             comments.add(token.start[0])
         elif token.string.strip() and token.type not in (tokenize.COMMENT, tokenize.ENDMARKER):
             code.update(range(token.start[0], token.end[0] + 1))
-    return len(text.splitlines()), len(comments) / len(code - comments)
+    lines = text.splitlines()
+    return len(lines), sum(bool(lines[i - 1].strip()) for i in comments) / len(code - comments)
 
 
 class TestReadme(unittest.TestCase):
