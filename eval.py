@@ -137,7 +137,7 @@ def ids_for(model_categories: Categories | None, dataset: Dataset, columns: int)
 
 
 def cost_of(settings: dict) -> Cost:
-    """The matching cost that saved settings ask for; what they lack (official files, older ones) is Cost's default."""
+    """The matching cost that saved settings ask for; what they lack (those of official files) is Cost's default."""
     default = Cost()
     return Cost(kind=settings.get('cost', default.kind), f2=settings.get('f2', default.f2),
                 class_weight=settings.get('cost_class', default.class_weight),

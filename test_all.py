@@ -3158,7 +3158,7 @@ class TestCommands(unittest.TestCase):
             torch.save({**content, 'categories': wrong}, path)
             self.refuses('is damaged', train.main, '--resume', str(self.root / 'run'))
             self.refuses('does not fit', evaluation.main, '--weights', str(path))
-        for name, value in (('steps', None), ('data', 3), ('seed', 2 ** 40)):
+        for name, value in (('steps', None), ('eval_every', None), ('data', 3), ('seed', 2 ** 40)):
             broken = copy.deepcopy(content)
             broken['settings'][name] = value
             if value is None:
@@ -3460,7 +3460,8 @@ class TestReadme(unittest.TestCase):
         prose, fenced = (''.join(re.split(r'^```.*\n', self.text, flags=re.M)[i::2]) for i in (0, 1))
         block = fenced.replace('\\\n', ' ')
         values = dict(re.findall(r'^ *(\w+)="([^"]*)"', block, re.M))   # small="python train.py ..."
-        values |= dict(re.findall(r'for (\w+) in "([^"]*)"', block))     # of a loop the first round
+        # Of a loop the first round.
+        values |= {name: text.strip('"') for name, text in re.findall(r'for (\w+) in ("[^"]*"|[^\s;]+)', block)}
         for _ in values:
             block = re.sub(r'\$(\w+)', lambda match: values.get(match[1], '1'), block)
         lines = [*re.findall(r'`([^`\n]*python [^`]*)`', prose), *block.splitlines(),

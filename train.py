@@ -500,10 +500,10 @@ def conditions_of(checkpoint: dict | None, folder: Path, categories: dict, machi
                         f'{len(now)} ({", ".join(now[:4])}..): start anew with --init')
     amp = machine.amp
     if amp is None:
-        amp = (checkpoint or {}).get('amp', has_bfloat16(machine.device))
+        amp = checkpoint['amp'] if checkpoint else has_bfloat16(machine.device)
     conditions = {'processes': machine.world, 'amp': amp, 'images': images}
     for name, value in conditions.items():
-        if checkpoint and checkpoint.get(name, value) != value:
+        if checkpoint and checkpoint[name] != value:
             raise UserError(f'the run in {folder} has {name} {checkpoint[name]}, here it is {value}, and a resumed run '
                             'goes on with the same; start a new one with --init')
     return conditions
@@ -546,16 +546,13 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
     if evaluation.is_official(checkpoint):
         raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
     try:
-        # First, what older versions did not save.
-        settings = {**COMMON, 'class_weight': 2.0, 'cost_class': 2.0,
-                    'decoder_layers': checkpoint['architecture']['decoder_layers'], **checkpoint['settings']}
+        settings = dict(checkpoint['settings'])
         fresh = complete({name: settings[name] for name in ('scheme', 'model', 'data')})
         length = 'steps' if 'steps' in settings else 'epochs'   # a run has one of them
-        kinds = [(settings, name, (type(default), int)) for name, default in fresh.items()   # int: a whole float
-                 if name not in ('steps', 'epochs') and default is not None]
+        kinds = [(settings, name, object if default is None else (type(default), int))   # int: a whole float
+                 for name, default in fresh.items() if name not in ('steps', 'epochs')]
         kinds += [(settings, length, int if length == 'steps' else (int, float)), (settings, 'data', str)]
-        kinds += [(checkpoint, name, kind) for name, kind in dict(processes=int, images=int, amp=bool).items()
-                  if name in checkpoint]   # older versions lack them
+        kinds += [(checkpoint, name, kind) for name, kind in dict(processes=int, images=int, amp=bool).items()]
         for entries, name, kind in kinds:
             if not isinstance(entries[name], kind):
                 raise TypeError(f'it has the {name} {entries[name]!r}')
