@@ -173,13 +173,14 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module):
     """In eval() and without gradients -> its device; afterwards the model is left as it was, whatever happens."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}   # parts of it may be in eval(), as in train.py
     model.eval()
     try:
         with torch.inference_mode():
             yield next(model.parameters()).device
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def predict(model: HybridDETR, batch: Batch, group: int = 0) -> Outputs:
@@ -466,7 +467,7 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
 def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limits: tuple | None = None) -> None:
     """Save a PNG of lines {text: (x values, y values)}; names and limits (low, high): of the x and y axis. Lines of
     few points have a mark at each, another one for each line, so that grey print tells them apart, too. {text: (x, y,
-    lowest, highest)} adds a bar at each point, from the lowest to the highest, beside those of the other lines."""
+    lowest, highest)} adds a bar at each point, from the lowest to the highest; bars and marks stand side by side."""
     image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
     top = 120 + 50 * math.ceil(len(lines) / 3)
@@ -500,12 +501,13 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limit
     pen.text((at((left + right) / 2, low)[0], 1180), names[0], 'black', font, anchor='mb')
     pen.text((20, top - 40), names[1], 'black', font, anchor='lm')
     for i, (text, (x, y, *bars)) in enumerate(lines.items()):
-        colour, points = COLOURS[i % len(COLOURS)], [at(*point) for point in zip(x, y)]
+        colour = COLOURS[i % len(COLOURS)]
+        shift = 22 * (i - (len(lines) - 1) / 2) if bars else 0   # marks and bars side by side, or they hide each other
+        points = [(at(*point)[0] + shift, at(*point)[1]) for point in zip(x, y)]
         start, middle = 20 + i % 3 * 525, 50 + i // 3 * 50   # of the legend: above the axes, where no line can be
-        pen.line(points, colour, 8, joint='curve')
-        for place, lowest, highest in zip(x, *bars) if bars else []:
-            beside = at(place, low)[0] + 14 * (i - (len(lines) - 1) / 2)   # the bars of all lines side by side
-            pen.line((beside, at(place, lowest)[1], beside, at(place, highest)[1]), colour, 6)
+        pen.line([at(*point) for point in zip(x, y)], colour, 8, joint='curve')
+        for (across, _), lowest, highest in zip(points, *bars) if bars else []:
+            pen.line((across, at(left, lowest)[1], across, at(left, highest)[1]), colour, 6)
         pen.line((start, middle, start + 60, middle), colour, 8)
         for point in [*points, (start + 30, middle)] if len(points) <= 20 else []:
             mark(*point, i, colour)

@@ -14,8 +14,8 @@ objects the tasks, and there are more queries than objects: most stay without on
 A detector answers with a fixed row of N queries, each a box and C class scores. Training needs to know which query
 has to answer for which object. The row is cut into groups, whose queries see only one another. A group has a size, a
 number of copies of every ground truth that it must find in each decoder layer, and the weight of its loss. But for
-where the first boxes of its queries come from (`encoder_groups`) nothing else tells the schemes apart: `query_groups`
-below is the whole subject.
+where the first boxes of its queries come from (hybrid_detr.py's `select`, and with it `encoder_groups`) nothing else
+tells the schemes apart: `query_groups` below is the whole subject.
 
 The letters, the same in every file of this project unless it says otherwise:
 
@@ -153,7 +153,7 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
 
         cost = w * class + 5 * |box - gt|_1 - 2 * GIoU,  w = 2
         class = alpha (1-p)^2 (-log p) - (1-alpha) p^2 (-log(1-p)),  p the score of gt's class, alpha = 1/4
-        kind 'stable' (Stable-DINO Eq. 4): p * s'^f2 in place of p, s' = (GIoU+1)/2; 1 for alpha and for 1-alpha
+        kind 'stable' (Stable-DINO Eq. 4): p * s'^f2 in place of p, s' = (GIoU+1)/2; alpha and 1-alpha both become 1
         softmax (DETR, DEIM slides Eq. 2): class = -p, or -p * s'^f2
 
     The focal class part is what the focal loss would change by if the query became positive (Deformable DETR's and

@@ -157,6 +157,9 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
                mininterval=1 if sys.stderr.isatty() else 30)
     recent, since = [], time.perf_counter()
     model.train()
+    if settings['fixed_encoder']:
+        for _, module in parts_of(model.named_modules(), settings['init_part']):
+            module.eval()   # or its batch norm would go on to learn, and make an image depend on the others
     for step in bar:
         progress, done = step / steps, step + 1
         # Everything that changes with time follows from `step` alone (learning rate, order of the images, dropout):
@@ -424,7 +427,7 @@ def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridD
         return model
     taken = what_fits(model, settings['init']) if settings['init'] else {}
     if settings['init_part'] != 'all':
-        taken = {name: value for name, value in taken.items() if name.startswith(PARTS[settings['init_part']])}
+        taken = dict(parts_of(taken.items(), settings['init_part']))
         print(f'  of these, the {len(taken)} of --init-part {settings["init_part"]} are used')
     if settings['pretrained'] and not any(name.startswith('backbone.') for name in taken):   # or --init brought one
         try:
@@ -434,6 +437,11 @@ def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridD
                             'internet once, or train from scratch with --no-pretrained') from None
     model.load_state_dict(taken, strict=False)   # the others keep their starting weights
     return model
+
+
+def parts_of(named, part: str) -> list[tuple]:
+    """Of pairs (name, parameter or module), those that belong to a part of PARTS."""
+    return [(name, x) for name, x in named if f'{name}.'.startswith(PARTS[part])]
 
 
 def what_fits(model: HybridDETR, path: str) -> dict[str, Tensor]:
@@ -477,8 +485,8 @@ def model_and_optimizer(settings: dict, folder: Path, checkpoint: dict | None, n
     """-> model, its moving average or None, optimizer, and the step to begin with; new, or as in `checkpoint`."""
     model = build_model(settings, num_classes, bool(checkpoint)).to(device)
     if settings['fixed_encoder']:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not name.startswith(PARTS[settings['init_part']]))
+        for _, parameter in parts_of(model.named_parameters(), settings['init_part']):
+            parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings['weight_decay'], fused=True)
     model.backbone.to(memory_format=torch.channels_last)   # faster convolutions; in place, the parameters are the same
     average = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None
