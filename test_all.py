@@ -2619,7 +2619,7 @@ class TestMeasures(unittest.TestCase):
         column = np.abs(image[100:, round((130 + 1420 * 0.5) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # between the steps
         height = (1060 - 2 * (column.nonzero()[0] + 100).mean()) / 890   # of an axis from 0.1 to 0.6, and margins
         self.assertAlmostEqual(0.1 - 0.05 * 0.5 + height * 1.1 * 0.5, (0.15 + 0.5) / 2, delta=0.01, msg='of the means')
-        bar = np.abs(image[100:, round((130 + 1420 * 1.05 / 1.1 - 7) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30
+        bar = np.abs(image[100:, round((130 + 1420 * 1.05 / 1.1 - 11) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30
         heights = (1060 - 2 * (bar.nonzero()[0][[-1, 0]] + 100)) / 890   # of group's spread at the last step
         np.testing.assert_allclose(0.075 + heights * 0.55, (0.4, 0.6), atol=0.01)
         with self.assertRaisesRegex(data.UserError, 'none of the runs was trained with --unstable'), quiet():
