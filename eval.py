@@ -179,8 +179,8 @@ def evaluating(model: torch.nn.Module):
         with torch.inference_mode():
             yield next(model.parameters()).device
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, training in modes.items():   # parents first; train(), since torchvision's backbones act on it
+            module.train(training)
 
 
 def predict(model: HybridDETR, batch: Batch, group: int = 0) -> Outputs:
@@ -502,7 +502,8 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limit
     pen.text((20, top - 40), names[1], 'black', font, anchor='lm')
     for i, (text, (x, y, *bars)) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
-        shift = 22 * (i - (len(lines) - 1) / 2) if bars else 0   # marks and bars side by side, or they hide each other
+        beside = min(22, 110 / len(lines)) if bars else 0   # marks and bars side by side, or they hide each other
+        shift = beside * (i - (len(lines) - 1) / 2)
         points = [(at(*point)[0] + shift, at(*point)[1]) for point in zip(x, y)]
         start, middle = 20 + i % 3 * 525, 50 + i // 3 * 50   # of the legend: above the axes, where no line can be
         pen.line([at(*point) for point in zip(x, y)], colour, 8, joint='curve')

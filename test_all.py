@@ -1154,8 +1154,8 @@ class TestExercises(unittest.TestCase):
         whole = [(0, 0, 1, 0), (0, 1, 0, 1), (0, 1, 3, 2), (1, 0, 2, 0), (1, 1, 2, 1), (1, 1, 1, 2)]
         copied = [QueryGroup(2, (1, 1)), QueryGroup(2, (2, 1), 0.5)]
         for pairs, groups, num_boxes, why in (
-                (pair, one, 1.0, 'one pair: layer 0, image 1, query 2, and ground truth 1 of the batch, the first box of '
-                 'image 1. 5 * L1 of (cx, cy, w, h), 2 * (1 - GIoU), 2 * focal loss. All queries, of all layers and '
+                (pair, one, 1.0, 'one pair: layer 0, image 1, query 2, and ground truth 1 of the batch, the first box '
+                 'of image 1. 5 * L1 of (cx, cy, w, h), 2 * (1 - GIoU), 2 * focal loss. All queries, of all layers and '
                  'images, are background but for the pair, which is positive in its class only'),
                 (pair, one, 4.0, 'all parts are divided by the number of ground truth boxes of the batch, here 4'),
                 (pair, one, 0.0, 'a divisor below 1 counts as 1'),
@@ -2535,6 +2535,12 @@ class TestMeasures(unittest.TestCase):
                            torch.stack([left, off, off, right])[None])
         self.assertAlmostEqual(evaluation.unstable_score(model, Mixed(20), [1, 2, 3], 2)[0], 100 / 3, places=4)
         self.assertAlmostEqual(evaluation.unstable_score(model, Mixed(20), [1, 2, 3], 1)[0], 50, places=4)
+
+    def test_evaluating_leaves_the_backbone_in_training(self):
+        backbone = hybrid_detr.Backbone('resnet18').train()   # torchvision's have another graph in train()
+        with evaluation.evaluating(backbone):
+            self.assertIs(backbone.body.graph, backbone.body.eval_graph)
+        self.assertIs(backbone.body.graph, backbone.body.train_graph)
 
     def test_unstable_score_starts_with_the_queries_own_proposals(self):
         """A decoder whose box heads are all zero answers with the proposals: they must stand in the same order."""
