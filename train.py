@@ -784,7 +784,7 @@ def parse(argv: list[str] | None = None) -> dict:
     add('--init', metavar='FILE', help='start from these weights, own or official, as far as they fit')
     add('--init-part', choices=CHOICES['init_part'], help='take only this from --init (default all)')
     add('--fixed-encoder', action='store_true',
-        help='do not train what --init-part backbone or encoder takes (Group DETR Table 1)')
+        help='do not train what --init-part backbone or encoder takes, batch norm included (Group DETR Table 1)')
     add('--eval-every', type=float, help='epochs between evaluations (default a third of the run)')
     add('--unstable', type=int, metavar='N',
         help='with every evaluation, match N images and tell how many objects change their query from layer to layer '
