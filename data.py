@@ -82,7 +82,9 @@ def collate(samples: list[Sample]) -> Batch:
         _, h, w = sample.image.shape
         image[:, :h, :w] = sample.image
         mask[:h, :w] = False
-    _, *lists = map(list, zip(*samples))   # Batch has the other fields of Sample in the same order
+    # B samples of six fields -> six lists of B. Without the images they are the other fields of Batch, in its order.
+    # Labels and boxes stay lists: images differ in M, and the matcher takes them one by one.
+    _, *lists = map(list, zip(*samples))
     return Batch(images, padding_mask, *lists)
 
 
@@ -151,8 +153,8 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
         if not (0 <= x <= size - w and 0 <= y <= size - h):
             continue
         # For each earlier object: the area it shares with the new one, and the area of the smaller of both.
-        overlaps = ((max(0, min(x + w, b[2]) - max(x, b[0])) * max(0, min(y + h, b[3]) - max(y, b[1])),
-                     min(w * h, (b[2] - b[0]) * (b[3] - b[1]))) for b in placed)
+        overlaps = ((max(0, min(x + w, x1) - max(x, x0)) * max(0, min(y + h, y1) - max(y, y0)),
+                     min(w * h, (x1 - x0) * (y1 - y0))) for x0, y0, x1, y1, _ in placed)
         if all(overlap <= 0.4 * smaller for overlap, smaller in overlaps):
             placed.append((x, y, x + w, y + h, label))
 
@@ -190,15 +192,16 @@ class ShapesDataset(Dataset):
         return Sample(normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes, image_id,
                       (self.size, self.size), name)
 
-    def coco_json(self) -> dict:
-        annotations = []
-        for index in range(self.length):
+    def coco_json(self, n: int | None = None) -> dict:
+        """Of all images, or of the first n. Every image is drawn anew: only drawing tells its boxes."""
+        annotations, length = [], self.length if n is None else n
+        for index in range(length):
             _, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
             for (x0, y0, x1, y1), label in zip(boxes_xyxy.tolist(), labels.tolist()):
                 annotations.append({'id': len(annotations) + 1, 'image_id': index, 'iscrowd': 0,
                                     'category_id': self.categories.ids[label], 'area': (x1 - x0) * (y1 - y0),
                                     'bbox': [x0, y0, x1 - x0, y1 - y0]})
-        return {'images': [{'id': i, 'height': self.size, 'width': self.size} for i in range(self.length)],
+        return {'images': [{'id': i, 'height': self.size, 'width': self.size} for i in range(length)],
                 'annotations': annotations, 'categories': categories_json(self.categories)}
 
 
@@ -374,7 +377,8 @@ class CocoFolder(Dataset):
         rows = np.array(rows, dtype=np.float64)
         self.rows = rows[np.argsort(rows[:, 0], kind='stable')]
         # Of A annotations, sorted by image. owner (A,): index of the image; xy, wh, image_wh (A, 2): pixels.
-        owner, xy, wh = self.rows[:, 0].astype(int), self.rows[:, 2:4], self.rows[:, 4:6]
+        owner, category_ids = self.rows[:, :2].astype(int).T
+        xy, wh, crowd = self.rows[:, 2:4], self.rows[:, 4:6], self.rows[:, 7]
         image_wh = np.array([(w, h) for _, _, h, w in self.images])[owner]
         # Image i has the rows from first_row[i] up to, and without, first_row[i + 1].
         self.first_row = np.searchsorted(owner, np.arange(len(self.images) + 1))
@@ -383,7 +387,7 @@ class CocoFolder(Dataset):
             raise UserError(f'{file}: {outside.mean():.0%} of the boxes end outside their image: are they x1, y1, x2, '
                             'y2? COCO has x, y, width, height')
         corners = np.concatenate([xy, xy + wh], 1).clip(0, np.tile(image_wh, 2))   # (A, 4) xyxy
-        self.usable = (self.rows[:, 7] == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
+        self.usable = (crowd == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
         if not self.usable.all():
             example = self.images[owner[~self.usable][0]][1]
             print(f'{file}: {int((~self.usable).sum())} of {len(self.rows)} boxes are crowds or have no area in their '
@@ -391,7 +395,7 @@ class CocoFolder(Dataset):
         if not self.usable.any():
             raise UserError(f'{file} has no box with an area')
         self.corners = corners.astype(np.float32)
-        self.labels = np.array([self.categories.label_of[int(i)] for i in self.rows[:, 1]], dtype=np.int64)
+        self.labels = np.array([self.categories.label_of[i] for i in category_ids.tolist()], dtype=np.int64)
         self.transforms = train_transforms(size, vertical_flip) if augment else resize_to(size)
 
     def __len__(self) -> int:
@@ -423,11 +427,14 @@ class CocoFolder(Dataset):
         seed = int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1))   # one number out of three
         return Sample(*transformed(self.transforms, seed, image, target), image_id, (image.height, image.width), name)
 
-    def coco_json(self) -> dict:
-        annotations = [{'id': i + 1, 'image_id': self.images[int(image)][0], 'category_id': int(category), 'bbox': bbox,
+    def coco_json(self, n: int | None = None) -> dict:
+        """As ShapesDataset.coco_json; with the boxes as the file has them, crowds too: COCOeval ignores them."""
+        images = self.images[:n]
+        rows = self.rows[:self.first_row[len(images)]]   # sorted by image
+        annotations = [{'id': i + 1, 'image_id': images[int(image)][0], 'category_id': int(category), 'bbox': bbox,
                         'area': area, 'iscrowd': int(crowd)}
-                       for i, (image, category, *bbox, area, crowd) in enumerate(self.rows.tolist())]
-        return {'images': [{'id': i, 'height': h, 'width': w} for i, _, h, w in self.images],
+                       for i, (image, category, *bbox, area, crowd) in enumerate(rows.tolist())]
+        return {'images': [{'id': i, 'height': h, 'width': w} for i, _, h, w in images],
                 'annotations': annotations, 'categories': categories_json(self.categories)}
 
 
@@ -447,10 +454,7 @@ class FirstImages(Dataset):
         return self.dataset[key]
 
     def coco_json(self) -> dict:
-        content = self.dataset.coco_json()
-        images = content['images'][:self.n]
-        ids = {image['id'] for image in images}
-        return {**content, 'images': images, 'annotations': [a for a in content['annotations'] if a['image_id'] in ids]}
+        return self.dataset.coco_json(self.n)
 
 
 def open_dataset(name: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False,
@@ -543,9 +547,6 @@ class DenseOneToOne(Dataset):
         """`count` different images, none of them `index`: drawn from len - 1 numbers, those from `index` on move up."""
         return [int(i + (i >= index)) for i in rng.choice(len(self) - 1, count, replace=False)]
 
-    def coco_json(self) -> dict:
-        return self.dataset.coco_json()
-
 
 # --- Batches --------------------------------------------------------------------------------------------------------
 
@@ -562,9 +563,11 @@ def train_batches(n: int, batch_size: int, steps: int, seed: int = 0, start: int
         return np.random.RandomState([seed, epoch]).permutation(n).tolist()
 
     for step in range(start, steps):
-        flag = () if dense_part is None else (dense_part[0] <= step / steps < dense_part[1],)
+        # The third index of an item: a tuple of one bool, or of none where the data set takes (epoch, index).
+        dense = () if dense_part is None else (dense_part[0] <= step / steps < dense_part[1],)
+        # Processes take turns: step 0 is the first `world` batches of the stream, one for each.
         first = (step * world + rank) * batch_size
-        yield [(p // n, order(p // n)[p % n], *flag) for p in range(first, first + batch_size)]
+        yield [(p // n, order(p // n)[p % n], *dense) for p in range(first, first + batch_size)]
 
 
 def ignore_interrupts(_worker: int) -> None:

@@ -12,13 +12,14 @@
     python eval.py --benchmark                                                 time and memory of all schemes
 
 Read `detections`, `detect` and `average_precision` first; the rest are measures, pictures and the benchmark, each by
-itself. Letters as in matchers.py; n are the queries of one group; in deformable attention P are sampling points.
+itself. Letters as in matchers.py; n are the queries of one group; in deformable attention J are sampling points.
 """
 import argparse
 import contextlib
 import io
 import json
 import math
+import re
 import sys
 import time
 import weakref
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.utils.data import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,7 +44,7 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import hybrid_detr
-from data import (IMAGENET_MEAN, IMAGENET_STD, Batch, Categories, Dataset, FirstImages, UserError, collate,
+from data import (IMAGENET_MEAN, IMAGENET_STD, Batch, Categories, FirstImages, UserError, collate,
                   open_dataset, train_loader, val_loader)
 from hybrid_detr import HybridDETR, Outputs, from_official
 from losses import MATCHED, criterion, curve as loss_curve
@@ -156,6 +158,8 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
     IoU `nms`, the best 10 * top are thinned out first: else duplicates would take the places of other objects.
     softmax: of a model trained with cross-entropy.
     """
+    # Every (query, class) is a candidate; all of an image are ranked at once. AP needs no threshold, only an order,
+    # of which COCO looks at the best 100.
     probability = class_scores(outputs.pred_logits[-1].float(), softmax)                            # (B, N, C)
     B, N, C = probability.shape
     scores, flat = probability.flatten(1).topk(min(top if nms is None else 10 * top, N * C), 1)     # (B, k)
@@ -183,10 +187,12 @@ def evaluating(model: torch.nn.Module):
             module.train(training)
 
 
-def predict(model: HybridDETR, batch: Batch, group: int = 0) -> Outputs:
-    """The outputs for a batch on the model's device. Raises UserError if its images have fewer tokens than queries."""
+def predict(model: torch.nn.Module, batch: Batch, group: int | None = 0, noised=None) -> Outputs:
+    """The outputs for a batch on the model's device, of one group or, in training, of all (None) and of denoising.
+
+    Raises UserError if its images have fewer tokens than queries."""
     try:
-        return model(batch.images, batch.padding_mask, group)
+        return model(batch.images, batch.padding_mask, group, noised)
     except ValueError as error:   # all images of a batch have one size, so the first stands for all
         raise UserError(f'{batch.names[0]}: {error}') from None
 
@@ -325,7 +331,7 @@ def unstable_score(model: HybridDETR, dataset: Dataset, ids: list[int], n_images
     one image; this is the percentage of all ground truths of the first n_images, and an empty list without any. ids:
     of the class columns. The model is left as it was.
     """
-    changed, total = 0, 0
+    changed, total = 0, 0   # of each layer, int (L,); ground truths
     with evaluating(model) as device:
         columns = columns_of(dataset, ids).to(device)
         for batch in val_loader(FirstImages(dataset, n_images), batch_size, workers):
@@ -345,7 +351,8 @@ def unstable_score(model: HybridDETR, dataset: Dataset, ids: list[int], n_images
             query = torch.full((L + 1, sum(map(len, batch.gt_labels))), -1, device=device)
             query[0, encoder.gt] = encoder.query
             query[decoder.layer + 1, decoder.gt] = decoder.query
-            changed, total = changed + (query[1:] != query[:-1]).sum(1), total + query.shape[1]
+            changed = changed + (query[1:] != query[:-1]).sum(1)
+            total += query.shape[1]
     return (100 * changed / total).tolist() if total else []
 
 
@@ -491,6 +498,7 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limit
         else:
             pen.ellipse((x - r, y - r, x + r, y + r), colour, 'white', 3)
 
+    # Grid and axes, then the lines above them.
     for tick in ticks(left, right):
         pen.line((*at(tick, low), *at(tick, high)), '#DDDDDD', 2)
         pen.text((at(tick, low)[0], 1076), f'{tick:.4g}', 'black', font, anchor='mt')
@@ -552,13 +560,14 @@ def draw_schemes(path: Path) -> None:
     large, small = (ImageFont.load_default(size=size) for size in (38, 28))
     image = Image.new('RGB', (1640, 2680), 'white')   # twice the final size, for smooth lines
     pen = ImageDraw.Draw(image)
-    for i, (scheme, when, layer, progress) in enumerate(panels):
+    for i, (scheme, when, layer, progress) in enumerate(panels):   # two in a row
         x, y = i % 2 * 800 + 50, i // 2 * 640 + 30
         groups, found = toy(scheme, layer, progress)
         pen.text((x, y), f'{scheme}: {when}', 'black', large)
         numbers, copies = TOY_ROWS[scheme].items(), ' | '.join(str(group.copies[layer]) for group in groups)
         pen.text((x, y + 48), f'{"  ".join(f"{k}={v}" for k, v in numbers)}:  copies of A and B: {copies}', grey, small)
         group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
+        # The matches: queries from top to bottom, with a gap between groups, and a line to the ground truth of each.
         height = [y + 150 + 64 * q + 26 * group_of[q] for q in range(len(found))]
         gt_height = {'A': y + 230, 'B': y + 430}
         for q, letter in enumerate(found):
@@ -598,6 +607,7 @@ def draw_losses(path: Path) -> None:
             pen.text((x + part * width, y + height + 12), f'{part:g}', '#555555', small, anchor='ma')
             pen.text((x - 12, y + (1 - part) * height), f'{highest * part:g}', '#555555', small, anchor='rm')
 
+    # Above, two rows: the losses as lines; those beyond 3 leave the panel.
     for i, name in enumerate(('ce', *MATCHED)):
         x, y = i % 3 * 790 + 90, i // 3 * 690 + 80
         frame(x, y, name, 3)
@@ -606,6 +616,7 @@ def draw_losses(path: Path) -> None:
                       for a, b in zip(p.tolist(), loss_curve(name, p, iou)[0].tolist()) if b < 3]
             for k in range(0, len(points) - 1, 8):   # 4 of 8 pieces at IoU 0.5, whose grey would look like 0.75's
                 pen.line(points[k:k + (5 if iou == 0.5 else 9)], *style)
+    # Below: the surfaces, IoU 1 at the top.
     for i, name in enumerate(('vfl', 'mal', 'stable')):
         x, y = i * 790 + 90, 1590
         surface = torch.stack([loss_curve(name, p, iou)[0] for iou in torch.linspace(1, 0, 100).tolist()]).clamp(max=3)
@@ -614,6 +625,7 @@ def draw_losses(path: Path) -> None:
         frame(x, y, f'{name}, matched: IoU over p', 1)
     pen.text((1200, 1500), 'loss of a match over the score p (to the right) and the IoU (upwards): a step of grey is '
              '1/4, white is below 1/4, darkest 3 and more', 'black', small, anchor='mm')
+    # Between them: the legend of the lines.
     for j, (iou, style) in enumerate(lines.items()):
         text = 'not matched' if iou is None else f'matched at IoU {iou:g}'
         for start in (60, 110):   # dashed or not
@@ -649,10 +661,12 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
     """Print the results of several runs, and draw their AP over the steps (Group DETR Fig. 1, H-DETR Fig. 4), and of
     those with --unstable the last unstable scores over the layers (Stable-DINO Fig. 3).
 
-    Folders whose names differ only in what follows the last '-', the seed, are repetitions: a row and a line of their
-    means. Raises UserError if a folder holds no evaluated run, or repetitions differ in their evaluations.
+    Folders whose names differ only in a number after the last '-' are repetitions: a row and a line of their means.
+    Raises UserError if a folder holds no evaluated run, two have one name, or repetitions differ in their evaluations.
     """
-    runs: dict[str, list[list[dict]]] = {}
+    if len({Path(folder).name for folder in folders}) < len(folders):
+        raise UserError('--compare: two of the folders have the same name, and would count as one run')
+    runs: dict[str, list[list[dict]]] = {}   # name -> repetitions -> evaluations
     speeds: dict[str, list[float]] = {}
     for folder in folders:
         file = Path(folder) / 'metrics.jsonl'
@@ -663,15 +677,16 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         for record in evaluations:
             if not all(isinstance(record.get(key), (int, float)) for key in ('AP', 'AP50', 'duplicates')):
                 raise UserError(f'{file}: the evaluation of step {record["step"]} lacks a number')
-        name = Path(folder).name.rsplit('-', 1)[0]
+        name = re.sub(r'-\d+$', '', Path(folder).name)   # NAME-ema and NAME-plain are no seeds of NAME
         runs.setdefault(name, []).append(evaluations)
         logged = [record['images_per_second'] for record in records if 'images_per_second' in record]
         if not all(isinstance(speed, (int, float)) for speed in logged):
             raise UserError(f'{file}: an images_per_second is no number')
         speeds.setdefault(name, []).append(np.median(logged) if logged else math.nan)
-    lines, of_layers = {}, {}
+    lines, of_layers = {}, {}   # what is drawn: name -> (x, mean, lowest, highest)
     print('| run | seeds | steps | AP | AP50 | duplicates | images/s |\n|---|---|---|---|---|---|---|')
     for name, repetitions in runs.items():
+        # A mean over seeds is one of the same steps, at the end and at every point of a curve.
         steps = [record['step'] for record in repetitions[0]]
         if not steps or any([record['step'] for record in run] != steps for run in repetitions):
             raise UserError(f'{name}: its runs have no evaluations, or not at the same steps')
@@ -681,6 +696,7 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         print(f'| {name} | {len(last)} | {steps[-1]} | {" | ".join(cells)} | {np.mean(speeds[name]):.1f} |')
         ap = np.array([[record['AP'] for record in run] for run in repetitions])
         lines[name] = steps, ap.mean(0), ap.min(0), ap.max(0)
+        # A run that was trained without --unstable has a row, but no line.
         if unstable and all(record.get('unstable') for record in last):
             if len({len(record['unstable']) for record in last}) > 1:
                 raise UserError(f'{name}: its runs differ in the number of decoder layers')
@@ -713,6 +729,7 @@ def published_loss(outputs: Outputs, gt_labels: list[Tensor], gt_boxes: list[Ten
 
     Here only to be measured against, and to give the same number (test_all.py).
     """
+    # One call for the encoder, then one for each group and layer: predictions, copies, weight, labels.
     total, first = 0.0, 0
     calls = [(outputs.encoder_logits[0], outputs.encoder_boxes[0], 1, 1.0, [torch.zeros_like(x) for x in gt_labels])]
     for group in groups:
@@ -723,6 +740,8 @@ def published_loss(outputs: Outputs, gt_labels: list[Tensor], gt_boxes: list[Ten
     for logits, boxes, copies, weight, labels in calls:
         B, n, C = logits.shape
         labels, targets = [x.repeat(copies) for x in labels], [x.repeat(copies, 1) for x in gt_boxes]
+        # Matcher: each query of the batch with each target of the batch; used are the blocks on the diagonal, an image
+        # with itself.
         with torch.no_grad():
             p, xyxy = logits.flatten(0, 1).sigmoid(), box_convert(torch.cat(targets), 'cxcywh', 'xyxy')
             cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
@@ -730,6 +749,7 @@ def published_loss(outputs: Outputs, gt_labels: list[Tensor], gt_boxes: list[Ten
             cost -= 2 * generalized_box_iou(box_convert(boxes.flatten(0, 1), 'cxcywh', 'xyxy'), xyxy)
             cost = cost.view(B, n, -1).cpu().split([len(x) for x in targets], -1)
             pairs = [[torch.from_numpy(i) for i in linear_sum_assignment(c[b])] for b, c in enumerate(cost)]
+        # Criterion: C, the background column, for all that are not matched, and dropped after the one-hot.
         image = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(pairs)])
         query = torch.cat([query for query, _ in pairs])
         classes = torch.full((B, n), C, device=logits.device)
@@ -747,6 +767,7 @@ def published_self_attention(self, content: Tensor, position: Tensor, groups, de
     """GroupSelfAttention.forward with one attention over the whole row and an (N,N) mask, as in H-DETR's code."""
     owner = torch.arange(len(groups), device=content.device).repeat_interleave(
         torch.tensor(groups).to(content.device, non_blocking=True), output_size=sum(groups))
+    # A True forbids: a query sees those of its own group only.
     q = (content + position).transpose(0, 1)
     return F.multi_head_attention_forward(
         q, q, content.transpose(0, 1), q.shape[-1], self.heads, self.in_proj.weight, self.in_proj.bias, None, None,
@@ -756,11 +777,11 @@ def published_self_attention(self, content: Tensor, position: Tensor, groups, de
 def published_deformable_attention(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """The pure PyTorch form that comes with the released code: all samples of all levels side by side."""
     B, _, heads, d = value.shape
-    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                                   # (B*heads, N, V, P, 2)
+    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                                   # (B*heads, N, V, J, 2)
     maps = (level.permute(0, 2, 3, 1).reshape(B * heads, d, h, w)
             for (h, w), level in zip(shapes, value.split([h * w for h, w in shapes], 1)))
     samples = [F.grid_sample(level, grid[:, :, v], align_corners=False) for v, level in enumerate(maps)]
-    samples = torch.stack(samples, 3)                                                          # (B*heads, d, N, V, P)
+    samples = torch.stack(samples, 3)                                                          # (B*heads, d, N, V, J)
     out = (samples * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum((3, 4))
     return out.view(B, heads * d, -1).transpose(1, 2)
 
@@ -804,6 +825,8 @@ class PeakMemory(TorchDispatchMode):
         self.sizes, self.now, self.peak = {}, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # Called by torch for every operator. Views share a storage, so storages are counted, by their address, until
+        # Python drops the last tensor of one.
         given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = function(*args, **(kwargs or {}))
         for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, Tensor)):
@@ -879,7 +902,7 @@ class BenchmarkRow:
         self.clock.tick('backward')
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings['clip'])
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.clock.tick('optimizer')
         if on_cuda and len(self.clock.rounds) > 1:   # the first step makes the optimizer's moments, too
             self.memory = max(self.memory, torch.cuda.max_memory_allocated(self.device) - before)
@@ -899,7 +922,7 @@ class BenchmarkRow:
         self.clock.start()
         with torch.compiler.set_stance('force_eager'), PeakMemory() as counted:
             self.loss(batch, num_boxes).backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.clock = clock
         return counted.peak
 
@@ -946,7 +969,8 @@ def benchmark(args: argparse.Namespace) -> None:
     common = {'model': args.model, 'data': args.data or 'shapes'}
     if args.image_size:
         common['image_size'] = args.image_size
-    first = next(iter(rows))   # which always runs: ratios are against it
+    # Which rows; the first always runs, since ratios are against it.
+    first = next(iter(rows))
     if args.rows:
         wanted = {part: [name for name in rows if part in name] for part in args.rows.split(',')}
         for part, found in wanted.items():
@@ -974,6 +998,7 @@ def benchmark(args: argparse.Namespace) -> None:
         next(batches).to(device)
         loading.tick('batch')
 
+    # The rounds; the first warms up, and no Clock counts it.
     batches = iter(train_loader(dataset, batch_size, args.repeats + 1, args.workers, pin=device.type == 'cuda'))
     for _ in tqdm(range(args.repeats + 1), desc='rounds', disable=None):
         waiting.start()
@@ -1006,6 +1031,7 @@ def print_rows(rows: dict[str, BenchmarkRow], batch) -> None:
         of_stages = [f'{np.median(row.clock.seconds([stage])):.3g}' if stage in row.clock.rounds[-1] else 'in loss'
                      for stage in stages]
         images = [len(batch.images) / seconds for seconds in row.inference.seconds()]
+        # The fair baseline: a detector with as many queries in all.
         alike = [other for other in rows if other.startswith('one2one') and not row.settings['denoising']
                  and sum(rows[other].model.groups) == sum(row.model.groups)]
         cells = [name, f'{parameters:.1f}', f'{row.gflops(batch):.1f}', spread(steps[name]), *of_stages,
@@ -1042,6 +1068,7 @@ def benchmark_loss(args: argparse.Namespace) -> None:
         matches = match(*outputs, labels, gt, groups, tokens)
         return sum(criterion(outputs, labels, gt, *matches, groups, tokens, B * M)[0].values())
 
+    # Both ways in turn, so that a slower moment of the machine slows both.
     ways = {'here': here, 'as published': lambda: published_loss(outputs, labels, gt, groups, B * M)}
     clocks, values = {name: Clock(device) for name in ways}, {}
     for _ in range(args.repeats + 1):
@@ -1124,12 +1151,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             'benchmark': of_loss if args.benchmark == 'loss' else of_table}[mode]
     for name, value in vars(args).items():
         if name not in {mode, *read} and value != parser.get_default(name):
-            parser.error(f'--{name.replace("_", "-")} has no meaning with --{mode}'
+            parser.error(f'{flag(name)} has no meaning with --{mode}'
                          + f' {args.benchmark}' * (mode == 'benchmark'))
     for name, needs in dict(image='matches', picture_file='pictures').items():
         if getattr(args, name) != parser.get_default(name) and not getattr(args, needs):
-            parser.error(f'--{name.replace("_", "-")} has no meaning without --{needs}')
+            parser.error(f'{flag(name)} has no meaning without --{needs}')
     return args
+
+
+def flag(name: str, value=None) -> str:
+    """How a setting is written on the command line, with its value if there is one."""
+    text = '--queries' if name == 'n' else '--' + name.replace('_', '-')
+    if isinstance(value, bool):
+        return text if value else text.replace('--', '--no-', 1)
+    return text if value is None else f'{text} {value}'
+
+
+def check_given(given: dict, texts: tuple[str, ...]) -> None:
+    """Raises UserError for one of the named flags if it is empty, and for a GPU that is not there."""
+    for name in texts:
+        if given.get(name) == '':   # a variable of the shell that was not set
+            raise UserError(f"{flag(name)} '': is empty")
+    if given.get('device') == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: torch finds no CUDA device here')
+
+
+def check_target(name: str, path: str | None, ending: str) -> None:
+    """Raises UserError before the work is done if the file that is to hold it has another ending, or no folder."""
+    if path is not None and not path.endswith(ending):
+        raise UserError(f'{flag(name, path)}: must end in {ending}')
+    if path is not None and not Path(path).parent.is_dir():
+        raise UserError(f'{flag(name, path)}: its folder does not exist')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1139,19 +1191,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1,
                             image=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
+            raise UserError(f'{flag(name, getattr(args, name))}: must be at least {least}')
     pictures = ('picture_file', 'pr_curve', 'matches', 'curves', 'unstable_curves')
-    for name in ('weights', 'data', 'save_json', 'figures', 'rows', *pictures):
-        if getattr(args, name) == '':   # a variable of the shell that was not set
-            raise UserError(f"--{name.replace('_', '-')} '': is empty")
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda: torch finds no CUDA device here')
+    check_given(vars(args), ('weights', 'data', 'save_json', 'figures', 'rows', *pictures))
     for name in ('save_json', *pictures):
-        path, ending = getattr(args, name), '.json' if name == 'save_json' else '.png'
-        if path is not None and not path.endswith(ending):
-            raise UserError(f'--{name.replace("_", "-")} {path}: must end in {ending}')
-        if path is not None and not Path(path).parent.is_dir():
-            raise UserError(f'the folder of {path} does not exist')
+        check_target(name, getattr(args, name), '.json' if name == 'save_json' else '.png')
     if args.compare:
         return compare(args.compare, args.curves, args.unstable_curves)
     if args.figures:

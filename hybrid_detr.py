@@ -4,7 +4,7 @@
           -> every token proposes a box; the best N become queries -> decoder -> a box and C class scores per query
 
 Letters: B images, L decoder layers, N queries of the row, n of one group, G groups, C classes, S tokens (cells of all
-levels), D width, d = D / heads, V levels of h x w cells, P sampling points per level, E pairs of encoder heads. Shapes
+levels), D width, d = D / heads, V levels of h x w cells, J sampling points per level, E pairs of encoder heads. Shapes
 are written behind the line that makes them.
 Boxes are (cx, cy, w, h) as fractions of the image; a mask is True at padding.
 
@@ -187,7 +187,7 @@ def initial_boxes(where: Geometry) -> Tensor:
 def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """The inner part of Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
 
-    value (B,S,heads,d), locations (B,N,heads,V,P,2) as x, y in 0..1, weights (B,N,heads,V,P) -> (B,N,heads*d).
+    value (B,S,heads,d), locations (B,N,heads,V,J,2) as x, y in 0..1, weights (B,N,heads,V,J) -> (B,N,heads*d).
     Outside a level the value is 0. The official code has a CUDA kernel of its own for it; of the forms in PyTorch, one
     `grid_sample` per level is the best for tiny and near the best at the paper's size. Tried as the encoder of both on
     two CPU cores, forward + backward: one gather over all levels took 1.4 to 2.8 times as long with 4 times the memory,
@@ -195,21 +195,21 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
     """
     B, _, heads, d = value.shape
     N = locations.shape[1]
-    grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)                  # (V, B*heads, N, P, 2), -1..1
-    weights = weights.permute(3, 0, 2, 1, 4).reshape(len(shapes), B * heads, 1, N, -1)          # (V, B*heads, 1, N, P)
+    grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)                  # (V, B*heads, N, J, 2), -1..1
+    weights = weights.permute(3, 0, 2, 1, 4).reshape(len(shapes), B * heads, 1, N, -1)          # (V, B*heads, 1, N, J)
     out = 0
     # out_q = sum_v sum_p weight_qvp * x_v(location_qvp), where x_v is the map of level v, read bilinearly
     for v, cells in enumerate(value.split([h * w for h, w in shapes], 1)):
         x = cells.permute(0, 2, 3, 1).reshape(B * heads, d, *shapes[v])                             # (B*heads, d, h, w)
-        sampled = F.grid_sample(x, grid[v], padding_mode='zeros', align_corners=False)              # (B*heads, d, N, P)
+        sampled = F.grid_sample(x, grid[v], padding_mode='zeros', align_corners=False)              # (B*heads, d, N, J)
         out = out + (sampled * weights[v]).sum(-1)                                                  # (B*heads, d, N)
     return out.view(B, heads * d, N).transpose(1, 2)
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at P points per level and head around its reference, and predicts these and their weights.
+    """Each query looks at J points per level and head around its reference, and predicts these and their weights.
 
-    Deformable DETR Eq. 3: out_q = sum_m W_m sum_v sum_p A_mqvp W'_m x_v(reference_q + offset_mqvp), where m is the
+    Deformable DETR Eq. 3: out_q = sum_m W_m sum_v sum_j A_mqvj W'_m x_v(reference_q + offset_mqvj), where m is the
     head; A is `weights`, W' `value_proj`, W `output_proj`.
     """
 
@@ -222,7 +222,7 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
 
     def reset_parameters(self) -> None:
-        """At the start head h looks in direction 2 pi h / heads, point p = 0..P-1 at distance p + 1, measured as the
+        """At the start head h looks in direction 2 pi h / heads, point j = 0..J-1 at distance j + 1, measured as the
         larger of |x| and |y|, all with equal weight. Called by HybridDETR, after its Xavier."""
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
@@ -231,7 +231,7 @@ class DeformableAttention(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)                              # (heads, 2)
         distance = torch.arange(1, self.points + 1)
-        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, self.levels, -1, -1)    # (heads, V, P, 2)
+        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, self.levels, -1, -1)    # (heads, V, J, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
         for linear in (self.value_proj, self.output_proj):
@@ -246,13 +246,13 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)                            # (B, S, D)
         offsets = self.sampling_offsets(query).view(B, N, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query).view(B, N, self.heads, -1).softmax(-1)   # over levels and points
-        weights = weights.view(offsets.shape[:-1])                                                # (B, N, heads, V, P)
+        weights = weights.view(offsets.shape[:-1])                                                # (B, N, heads, V, J)
         anchor = reference[:, :, None, :, None]                                                   # (B, N, 1, V, 1, .)
         if anchor.shape[-1] == 2:   # a point: offsets count in cells of the level
             # non_blocking: torch.tensor(..., device='cuda') would make the CPU wait for the GPU, in each layer.
             cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype).to(offsets.device, non_blocking=True)
-            locations = anchor + offsets / cells[:, None]                                     # (B, N, heads, V, P, 2)
-        else:                       # a box: at the start, the P-th point in each direction lies on its border
+            locations = anchor + offsets / cells[:, None]                                     # (B, N, heads, V, J, 2)
+        else:                       # a box: at the start, the J-th point in each direction lies on its border
             locations = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
         value = value.unflatten(-1, (self.heads, -1))                                              # (B, S, heads, d)
         return self.output_proj(deformable_attention(value, shapes, locations, weights))

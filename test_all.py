@@ -1839,6 +1839,8 @@ class TestPresets(unittest.TestCase):
                          [100, 100, 0.98, 0.05])
         paper = train.complete({'scheme': 'deim', 'model': 'r50'})
         self.assertEqual((paper['ema'], paper['warmup'], paper['n']), (0.9999, 0.005, 300))
+        self.assertNotIn('steps', train.complete({'epochs': 2.0}), 'of both, the one that was given')
+        self.assertNotIn('epochs', train.complete({'model': 'r50', 'steps': 5}))
         self.assertEqual(train.CLASS_WEIGHTS, dict(ce=1, bce=1, focal=2, vfl=1, mal=1, stable=6))
         self.assertEqual(train.EMA, {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)})
 
@@ -1917,6 +1919,11 @@ class TestData(unittest.TestCase):
         self.assertIn('2 of 5 boxes', printed.getvalue())
         self.assertIn('2.png', printed.getvalue())
         self.assertEqual([a['category_id'] for a in dataset.coco_json()['annotations']], [1, 90, 7, 7, 7])
+        for whole in (dataset, data.ShapesDataset(length=4, size=32)):
+            content, first = whole.coco_json(), data.FirstImages(whole, 2).coco_json()
+            ids = [image['id'] for image in content['images'][:2]]
+            self.assertEqual(first, {**content, 'images': content['images'][:2], 'annotations': [
+                a for a in content['annotations'] if a['image_id'] in ids]})
 
     def test_tall_boxes_stay_tall(self):
         with quiet():
@@ -2154,7 +2161,6 @@ class TestDenseOneToOne(unittest.TestCase):
             dataset.first_row = [*dataset.first_row, dataset.first_row[-1]]
             dense = data.DenseOneToOne(dataset, 40, vertical_flip=True)
             samples = [dense[epoch, index, True] for epoch in range(3) for index in range(4)]
-            self.assertEqual(dense.coco_json(), dataset.coco_json())
         self.assertEqual(dense.categories.ids, [1, 7, 90])
         self.assertTrue(any('mosaic' in s.name for s in samples) and any('mixed' in s.name for s in samples))
         self.assertTrue(all(s.size == (40, 60) and s.boxes.min() >= 0 and s.boxes.max() <= 1 for s in samples if
@@ -2447,8 +2453,8 @@ class FixedModel(torch.nn.Module):
         self.proposals, self.order, self.boxes = proposals, order, boxes
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, images, padding_mask, group):
-        assert not self.training and group == 0
+    def forward(self, images, padding_mask, group, noised=None):
+        assert not self.training and group == 0 and noised is None
         logits, tokens = torch.full((9, 1), -5.0), torch.full((9, 4), 0.1)
         logits[self.order, 0], tokens[self.order] = -torch.arange(4.0), self.proposals   # rank i is token order[i]
         L, n, _ = self.boxes.shape
@@ -2628,6 +2634,14 @@ class TestMeasures(unittest.TestCase):
         bar = np.abs(image[100:, round((130 + 1420 * 1.05 / 1.1 - 11) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30
         heights = (1060 - 2 * (bar.nonzero()[0][[-1, 0]] + 100)) / 890   # of group's spread at the last step
         np.testing.assert_allclose(0.075 + heights * 0.55, (0.4, 0.6), atol=0.01)
+        shutil.copytree(runs[0], folder / 'group-plain')
+        with quiet() as printed:
+            evaluation.main(['--compare', *runs, str(folder / 'group-plain')])
+        self.assertIn('| group | 2 |', printed.getvalue(), 'what follows the dash is no number, so no seed')
+        self.assertIn('| group-plain | 1 |', printed.getvalue())
+        shutil.copytree(runs[0], folder / 'elsewhere' / 'group-0')
+        with self.assertRaisesRegex(data.UserError, 'have the same name'), quiet():
+            evaluation.main(['--compare', runs[0], str(folder / 'elsewhere' / 'group-0')])
         with self.assertRaisesRegex(data.UserError, 'none of the runs was trained with --unstable'), quiet():
             evaluation.main(['--compare', *runs, '--unstable-curves', str(folder / 'layers.png')])
         for name, scores in (('one2one-0', [60, 30, 10]), ('one2one-1', [40, 30, 20])):
@@ -2698,7 +2712,7 @@ class TestMeasures(unittest.TestCase):
 
     def test_bad_flags_are_refused(self):
         for flags, message in ((['--pr-curve', 'p.jpg'], '--pr-curve p.jpg: must end in .png'),
-                               (['--pr-curve', '/nowhere/p.png'], 'the folder of /nowhere/p.png does not exist'),
+                               (['--pr-curve', '/nowhere/p.png'], '/nowhere/p.png: its folder does not exist'),
                                (['--unstable', '-1'], '--unstable -1: must be at least 0')):
             with self.assertRaisesRegex(data.UserError, message):
                 evaluation.main(['--weights', 'x.pt', *flags])
@@ -3071,7 +3085,8 @@ class TestCommands(unittest.TestCase):
         self.refuses('--samples', train.main, *SMALL, '--samples', str(self.root / 's.txt'))
         for flags in ([], ['--dense-o2o']):
             self.run_train('--samples', str(self.root / 's.png'), *flags)
-            self.assertEqual(Image.open(self.root / 's.png').size, (4 * 392, 2 * 392))
+            with Image.open(self.root / 's.png') as picture:
+                self.assertEqual(picture.size, (4 * 392, 2 * 392))
         self.assertEqual(sorted(p.name for p in self.root.iterdir()), ['s.png'], 'nothing is trained')
 
     def test_metrics_do_not_depend_on_the_number_of_workers(self):

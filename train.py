@@ -31,17 +31,25 @@ from tqdm import tqdm
 import eval as evaluation
 import hybrid_detr
 from data import DENSE, DenseOneToOne, FirstImages, UserError, open_dataset, train_loader
+from eval import check_given, check_target, flag
 from hybrid_detr import HybridDETR, Outputs, official_name
 from losses import CLASS_WEIGHTS, F1, LossSettings, criterion
 from matchers import class_scores, denoising_queries, encoder_groups, expected_positives, match, query_groups
 
 # --- Settings: what is not given as a flag comes from here ----------------------------------------------------------
 
-COMMON = dict(scheme='branch', data='shapes', model='tiny', seed=0, clip=0.1, weight_decay=1e-4, dropout=0.0,
-              mixed_selection=True, look_forward_twice=True, separate_attention=True, pretrained=True, eval_every=None,
-              overfit=0, vertical_flip=False, init=None, init_part='all', fixed_encoder=False, cls_loss='focal',
-              mal_gamma=1.5, f1='s2', rescale='one', official_losses=False, cost='focal', f2=0.5, fusion='none',
-              denoising=0, dense_o2o=False, ema=0.0, unstable=0, accumulate=1)
+COMMON = dict(
+    scheme='branch', data='shapes', model='tiny', overfit=0, seed=0,
+    # Loss and cost: Deformable DETR's, which H-DETR keeps; so the schemes differ in nothing else.
+    cls_loss='focal', cost='focal',
+    # The papers' choice within a loss or cost, read only where --cls-loss or --cost asks for it.
+    mal_gamma=1.5, f1='s2', rescale='one', f2=0.5, official_losses=False,
+    # What Stable-DINO and DEIM add to any scheme: off.
+    fusion='none', denoising=0, dense_o2o=False, ema=0.0,
+    # The detector, with all switches of H-DETR Table 8.
+    mixed_selection=True, look_forward_twice=True, dropout=0.0, separate_attention=True, pretrained=True,
+    clip=0.1, weight_decay=1e-4, accumulate=1, vertical_flip=False,
+    init=None, init_part='all', fixed_encoder=False, eval_every=None, unstable=0)
 TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine', warmup=0.05, ffn=256,
             decoder_layers=3, pretrained=False)
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
@@ -94,7 +102,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
     """Train, evaluate and save, from the first step, or from where `checkpoint` stopped, to the last."""
     # Data and model.
     device, rank, world = machine.device, machine.rank, machine.world
-    torch.manual_seed(settings['seed'])
+    torch.manual_seed(settings['seed'])   # of the starting weights; the loop seeds every step anew
     train_set, val_set = open_data(settings)
     categories = {'ids': train_set.categories.ids, 'names': train_set.categories.names}
     conditions = conditions_of(checkpoint, folder, categories, machine, len(train_set))
@@ -124,7 +132,8 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
             print('  this run is at its end: nothing is left to train')
         journal = Journal(folder / 'metrics.jsonl', start if checkpoint else None)
 
-    def evaluate(done: int, told: str = '') -> None:
+    def evaluate(done: int, in_training: str = '') -> None:
+        """Score the detector after `done` steps, log and print that; `in_training`: what the print adds."""
         if world > 1:   # in the last step each process updated batch norm for itself: all evaluate what is saved
             for buffer in evaluated.buffers():
                 dist.broadcast(buffer, 0)
@@ -137,7 +146,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
                                                                 settings['unstable'], evaluation.cost_of(settings))
             journal.write({'step': done, 'epoch': round(done / steps_per_epoch, 3), **metrics})
             text = (f'step {done}: AP {metrics["AP"]:.3f}, AP50 {metrics["AP50"]:.3f}, '
-                    f'{metrics["duplicates"]:.1%} duplicates{told}')
+                    f'{metrics["duplicates"]:.1%} duplicates{in_training}')
             if metrics.get('unstable'):
                 text += f', unstable score of the last layer {metrics["unstable"][-1]:.0f} %'
             tqdm.write(text)
@@ -177,8 +186,9 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
             num_boxes = torch.full((), num_boxes / world, device=device)   # torch.tensor would wait for the GPU
             dist.all_reduce(num_boxes)
 
-        optimizer.zero_grad(set_to_none=True)
-        numbers = {}
+        optimizer.zero_grad()
+        numbers = {}   # name -> sum over the batches of this step
+        # The batches one after another, so that only one at a time needs memory; backward() adds up their gradients.
         for i, batch in enumerate(batches):
             if world > 1:   # what no_sync() sets: processes exchange their gradients once a step
                 parallel.require_backward_grad_sync = i == accumulate - 1
@@ -248,19 +258,19 @@ def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, n
     """
     model = getattr(parallel, 'module', parallel)
     layers, heads = len(model.decoder), len(model.encoder_class_heads)
-    # All groups of the row at once; at inference only the first exists.
+    # The scheme is nothing but this list: how many queries each group has, how many copies of a ground truth they have
+    # to find in each layer, and what that weighs. All groups are computed at once; at inference only the first exists.
     groups = query_groups(layers=layers, progress=progress, **row_of(settings))
     noised = None
     if settings['denoising']:
         noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
         groups.append(noised.query_group(layers))
-    try:
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
-            outputs = parallel(batch.images, batch.padding_mask, noised=noised)
-    except ValueError as error:   # too few tokens for the queries, in each image of the batch: they have one size
-        raise UserError(f'{batch.names[0]}: {error}') from None
-    outputs = Outputs(*(x.float() for x in outputs))   # once for matching and loss: the decoder's logits are bfloat16
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
+        outputs = evaluation.predict(parallel, batch, group=None, noised=noised)
+    # Matching and loss in float32: bfloat16 keeps 8 bits of a number, so that many costs would be equal.
+    outputs = Outputs(*(x.float() for x in outputs))
     tick('forward')
+    # The encoder's proposals are matched and trained, too, else the best of them would be no start for queries.
     proposals = encoder_groups(groups, heads, outputs.encoder_logits.shape[2] // heads)
     try:
         matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups, proposals,
@@ -300,6 +310,7 @@ def matching_stats(outputs: Outputs, matches, labels: Tensor, iou: Tensor, sizes
 
 def lr_factor(settings: dict, progress: float) -> float:
     """What the learning rate is multiplied by at `progress` 0..1 of training."""
+    # Warm-up: at first Adam has seen too few gradients to know the scale of its steps.
     if progress < settings['warmup']:
         if settings['schedule'] == 'flat-cosine':
             return (progress / settings['warmup']) ** 2   # its first step does nothing, as in DEIM's code
@@ -308,7 +319,9 @@ def lr_factor(settings: dict, progress: float) -> float:
         return 1.0 if progress < (11 / 12 if settings.get('epochs', 12) <= 12 else 5 / 6) else 0.1
     if settings['schedule'] == 'flat-cosine':
         return flat_cosine(progress)
-    return 0.5 * (1 + math.cos(math.pi * (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)))
+    # cosine: 1 at the end of the warm-up, 0 at that of training.
+    along = (progress - settings['warmup']) / (1 - settings['warmup'] + 1e-9)   # 1e-9: warmup may be 1
+    return 0.5 * (1 + math.cos(math.pi * along))
 
 
 def flat_cosine(progress: float) -> float:
@@ -340,8 +353,8 @@ class Step(NamedTuple):
     images: list[str]            # their names
 
 
-def table(recent: list[Step]) -> Tensor:
-    """The numbers of the last steps: (steps, numbers)."""
+def stacked(recent: list[Step]) -> Tensor:
+    """The numbers of the last steps, (steps, numbers): so that one copy brings all of them from the GPU."""
     return torch.stack([torch.stack([*step.numbers.values()]).float() for step in recent])
 
 
@@ -353,7 +366,7 @@ def check_finite(recent: list[Step], *models: torch.nn.Module) -> None:
     """Raises UserError for the first of the last steps with a number that is not finite, or if a weight is not."""
     if not recent:
         return
-    for (step, numbers, images), finite in zip(recent, table(recent).isfinite().tolist()):
+    for (step, numbers, images), finite in zip(recent, stacked(recent).isfinite().tolist()):
         if not all(finite):
             raise diverged(f'step {step}: {list(numbers)[finite.index(False)]} is not finite', images)
     for model in models:
@@ -364,8 +377,10 @@ def check_finite(recent: list[Step], *models: torch.nn.Module) -> None:
 def summary(recent: list[Step], batch_size: int, accumulate: int) -> dict:
     """What is logged of the last steps: the means of their numbers; under torchrun, of the first process's images."""
     names = list(recent[0].numbers)
-    mean = dict(zip(names, table(recent).mean(0).tolist()))
-    parts = {name: mean[name] for name in names[:names.index('iou')]}   # those of losses.criterion
+    mean = dict(zip(names, stacked(recent).mean(0).tolist()))
+    # The loop puts the parts of the loss before matching_stats, which begin with 'iou'.
+    parts = {name: mean[name] for name in names[:names.index('iou')]}
+    # Means of sums over means of sums, not means of each step's quotient: so every pair counts the same.
     return {'loss': sum(parts.values()), **parts, 'gradient_norm': mean['gradient_norm'],
             'matched_iou': mean['iou'] / max(mean['matched'], 1e-9),   # 1e-9: no image may have had an object
             'matched_score': mean['score'] / max(mean['matched'], 1e-9),
@@ -471,7 +486,11 @@ def what_fits(model: HybridDETR, path: str) -> dict[str, Tensor]:
 
 
 def parameter_groups(model: HybridDETR, settings: dict) -> list[dict]:
-    """A tenth of the learning rate for the sampling offsets and a pretrained backbone, as in the official code."""
+    """A tenth of the learning rate for the sampling offsets and a pretrained backbone, as in the official code.
+
+    Offsets move what is looked at: a large step throws all samples off the object. A pretrained backbone is good
+    already, and is to be adapted, not learned anew. base_lr: what lr_factor multiplies.
+    """
     slow, normal = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -557,6 +576,7 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
         settings = dict(checkpoint['settings'])
         fresh = complete({name: settings[name] for name in ('scheme', 'model', 'data')})
         length = 'steps' if 'steps' in settings else 'epochs'   # a run has one of them
+        # (where it stands, its name, the types it may have): a setting has its default's, or any if that is None.
         kinds = [(settings, name, object if default is None else (type(default), int))   # int: a whole float
                  for name, default in fresh.items() if name not in ('steps', 'epochs')]
         kinds += [(settings, length, int if length == 'steps' else (int, float)), (settings, 'data', str)]
@@ -671,8 +691,7 @@ def save(path: Path, content: dict) -> None:
 
 def draw_samples(settings: dict, file: str, n: int = 8) -> None:
     """Draw n images as the run trains on them, with --dense-o2o as in its dense part, to a PNG."""
-    if not file.endswith('.png') or not Path(file).parent.is_dir():
-        raise UserError(f'--samples {file}: must end in .png, in a folder that exists')
+    check_target('samples', file, '.png')
     train_set, _ = open_data(settings)
     dense = (True,) if settings['dense_o2o'] else ()
     samples = [train_set[0, index, *dense] for index in range(min(n, len(train_set)))]
@@ -695,14 +714,6 @@ def note_interrupt(*_) -> None:
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
-
-def flag(name: str, value=None) -> str:
-    """How a setting is written on the command line, with its value if there is one."""
-    text = '--queries' if name == 'n' else '--' + name.replace('_', '-')
-    if isinstance(value, bool):
-        return text if value else text.replace('--', '--no-', 1)
-    return text if value is None else f'{text} {value}'
-
 
 def parse(argv: list[str] | None = None) -> dict:
     """The flags that were given, by name; `complete` fills in the others."""
@@ -810,16 +821,19 @@ def complete(given: dict) -> dict:
     for name in ROW_NUMBERS:
         if name in given and name not in row:
             raise UserError(f'{flag(name, given[name])}: scheme {scheme} only has {", ".join(map(flag, row))}')
+    # Photographs vary more than shapes: more pixels, fewer of them a step, more steps.
     photos = TINY_PHOTOS if tiny and given.get('data', COMMON['data']) != 'shapes' else {}
     # Later ones win: model, data, scheme, preset, flags.
     settings = {'selection': 'heads' if scheme == 'group' else 'ranks', **COMMON, **(TINY if tiny else PAPER), **photos,
                 **row, **PRESETS.get(scheme, {}), **given}
+    # Defaults that follow from other settings.
     settings.setdefault('class_weight', CLASS_WEIGHTS[settings['cls_loss']])
     settings.setdefault('cost_class', 1.0 if settings['cls_loss'] == 'ce' else 2.0)
     if settings['schedule'] == 'flat-cosine' and not tiny:
         settings['warmup'] = given.get('warmup', 0.005)   # DEIM's 2000 of 440,000 steps
     if settings['ema'] is True:
         settings['ema'] = EMA[tiny]['decay']
+    # A flag that nothing would read is refused: else a run would not be what its command says.
     for name, needs in dict(f1='stable', rescale='stable', mal_gamma='mal').items():
         if name in given and settings['cls_loss'] != needs:
             raise UserError(f'{flag(name, given[name])}: only --cls-loss {needs} has it')
@@ -840,8 +854,9 @@ def complete(given: dict) -> dict:
     settings['dense_o2o'] = settings['dense_o2o'] and not settings['overfit']   # of a preset: nobody asked for it
     if 'steps' in given and 'epochs' in given:
         raise UserError('--steps and --epochs: give one of them')
-    if 'epochs' in given:
-        settings.pop('steps', None)
+    for name, other in (('epochs', 'steps'), ('steps', 'epochs')):
+        if name in given:   # the other one is only a default
+            settings.pop(other, None)
     check(settings)
     if given.get('K', 1) > 1 and settings.get('T') == 0:
         raise UserError(f'--K {given["K"]} with --T 0: there is no one-to-many group to find {given["K"]} copies')
@@ -869,7 +884,7 @@ def check(settings: dict) -> None:
             raise UserError(f'{flag(name, settings[name])}: must be above 0')
     for name in ('rho', 'dropout', 'warmup', 'ema'):
         if not settings.get(name, 0) <= 1:
-            raise UserError(f'--{name} {settings[name]}: is a part, 0 to 1')
+            raise UserError(f'{flag(name, settings[name])}: is a part, 0 to 1')
     if settings['schedule'] == 'flat-cosine' and settings['warmup'] > DENSE[1]:
         raise UserError(f'--warmup {settings["warmup"]}: flat-cosine falls from {DENSE[1]:.2f} of training on')
     if settings.get('L1', 0) > settings['decoder_layers']:
@@ -894,12 +909,8 @@ def compile_attention(device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     given = parse(argv)
-    for name in ('data', 'out', 'resume', 'init', 'samples'):
-        if given.get(name) == '':   # a variable of the shell that was not set
-            raise UserError(f"--{name} '': is empty")
+    check_given(given, ('data', 'out', 'resume', 'init', 'samples'))
     device = torch.device(given.pop('device', 'cuda' if torch.cuda.is_available() else 'cpu'))
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda: torch finds no CUDA device here')
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)   # or every process would gather its detections through the first GPU
