@@ -4,9 +4,9 @@
     padding; boxes_xyxy, and those of a `target` (what `load` gives and transforms change), are (x0, y0, x1, y1) in
     pixels. Labels are 0..C-1, whatever the ids in the file.
 
-A data set here has `categories`, `coco_json()` for the evaluation, and items `dataset[epoch, index]`: everything random
-about an item follows from (seed, epoch, index) alone, so it is the same in every process and after a resumed run.
-All but DenseOneToOne, whose items have a third index, also have `load(index)`: the image as stored, for its mosaics.
+A data set here has `categories` and items `dataset[epoch, index]`: everything random about an item follows from (seed,
+epoch, index) alone, so it is the same in every process and after a resumed run. All but DenseOneToOne, whose items have
+a third index, also have `coco_json()` for the evaluation, and `load(index)`: the image as stored, for its mosaics.
 """
 import json
 import math
@@ -453,8 +453,8 @@ class FirstImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         return self.dataset[key]
 
-    def coco_json(self) -> dict:
-        return self.dataset.coco_json(self.n)
+    def coco_json(self, n: int | None = None) -> dict:
+        return self.dataset.coco_json(self.n if n is None else min(n, self.n))
 
 
 def open_dataset(name: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False,

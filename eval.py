@@ -662,10 +662,12 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
     those with --unstable the last unstable scores over the layers (Stable-DINO Fig. 3).
 
     Folders whose names differ only in a number after the last '-' are repetitions: a row and a line of their means.
-    Raises UserError if a folder holds no evaluated run, two have one name, or repetitions differ in their evaluations.
+    Raises UserError if a folder holds no evaluated run or is given twice, or if repetitions lie in different places or
+    were evaluated at different steps.
     """
-    if len({Path(folder).name for folder in folders}) < len(folders):
-        raise UserError('--compare: two of the folders have the same name, and would count as one run')
+    if len(set(map(Path, folders))) < len(folders):
+        raise UserError('--compare: one of the folders is given twice')
+    places: dict[str, Path] = {}   # name -> where its repetitions are
     runs: dict[str, list[list[dict]]] = {}   # name -> repetitions -> evaluations
     speeds: dict[str, list[float]] = {}
     for folder in folders:
@@ -678,6 +680,8 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
             if not all(isinstance(record.get(key), (int, float)) for key in ('AP', 'AP50', 'duplicates')):
                 raise UserError(f'{file}: the evaluation of step {record["step"]} lacks a number')
         name = re.sub(r'-\d+$', '', Path(folder).name)   # NAME-ema and NAME-plain are no seeds of NAME
+        if places.setdefault(name, Path(folder).parent) != Path(folder).parent:
+            raise UserError(f'{folder}: would count as a repetition of {name} in {places[name]}')
         runs.setdefault(name, []).append(evaluations)
         logged = [record['images_per_second'] for record in records if 'images_per_second' in record]
         if not all(isinstance(speed, (int, float)) for speed in logged):
@@ -826,7 +830,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         # Called by torch for every operator. Views share a storage, so storages are counted, by their address, until
-        # Python drops the last tensor of one.
+        # nothing holds them any more, autograd's graph included.
         given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = function(*args, **(kwargs or {}))
         for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, Tensor)):

@@ -198,7 +198,7 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
     grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)                  # (V, B*heads, N, J, 2), -1..1
     weights = weights.permute(3, 0, 2, 1, 4).reshape(len(shapes), B * heads, 1, N, -1)          # (V, B*heads, 1, N, J)
     out = 0
-    # out_q = sum_v sum_p weight_qvp * x_v(location_qvp), where x_v is the map of level v, read bilinearly
+    # out_q = sum_v sum_j weight_qvj * x_v(location_qvj), where x_v is the map of level v, read bilinearly
     for v, cells in enumerate(value.split([h * w for h, w in shapes], 1)):
         x = cells.permute(0, 2, 3, 1).reshape(B * heads, d, *shapes[v])                             # (B*heads, d, h, w)
         sampled = F.grid_sample(x, grid[v], padding_mode='zeros', align_corners=False)              # (B*heads, d, N, J)

@@ -2639,9 +2639,11 @@ class TestMeasures(unittest.TestCase):
             evaluation.main(['--compare', *runs, str(folder / 'group-plain')])
         self.assertIn('| group | 2 |', printed.getvalue(), 'what follows the dash is no number, so no seed')
         self.assertIn('| group-plain | 1 |', printed.getvalue())
-        shutil.copytree(runs[0], folder / 'elsewhere' / 'group-0')
-        with self.assertRaisesRegex(data.UserError, 'have the same name'), quiet():
-            evaluation.main(['--compare', runs[0], str(folder / 'elsewhere' / 'group-0')])
+        shutil.copytree(runs[0], folder / 'elsewhere' / 'group-2')
+        for other, message in ((runs[0], 'given twice'),
+                               (str(folder / 'elsewhere' / 'group-2'), 'a repetition of group')):
+            with self.assertRaisesRegex(data.UserError, message), quiet():
+                evaluation.main(['--compare', runs[0], other])
         with self.assertRaisesRegex(data.UserError, 'none of the runs was trained with --unstable'), quiet():
             evaluation.main(['--compare', *runs, '--unstable-curves', str(folder / 'layers.png')])
         for name, scores in (('one2one-0', [60, 30, 10]), ('one2one-1', [40, 30, 20])):
@@ -2821,11 +2823,11 @@ class TestCommands(unittest.TestCase):
             out = '-'.join((scheme, *flags))
             with (unittest.mock.patch.dict(train.TINY_MODEL, width=64, encoder_layers=1),
                   unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone)):
-                printed = self.run_train('--overfit', '2', '--steps', '90', '--eval-every', '90', '--scheme', scheme,
+                printed = self.run_train('--overfit', '2', '--steps', '64', '--eval-every', '64', '--scheme', scheme,
                                          *flags, '--lr', '4e-3', '--ffn', '64', out=out)
             records = [json.loads(line) for line in (self.root / out / 'metrics.jsonl').read_text().splitlines()]
             self.assertGreater(records[-1]['AP50'], 0.6, f'{out} does not detect what it was trained on')
-            self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.6, f'{out}, mean of 40 steps')
+            self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.6, f'{out}, mean of 14 steps')
             self.assertEqual('preset, and what you gave: --queries 8 --cls-loss' in printed, scheme in train.PRESETS)
 
     def test_every_pair_of_switches_trains(self):

@@ -40,7 +40,7 @@ from matchers import class_scores, denoising_queries, encoder_groups, expected_p
 
 COMMON = dict(
     scheme='branch', data='shapes', model='tiny', overfit=0, seed=0,
-    # Loss and cost: Deformable DETR's, which H-DETR keeps; so the schemes differ in nothing else.
+    # Loss and cost: Deformable DETR's, which H-DETR keeps, for all schemes alike.
     cls_loss='focal', cost='focal',
     # The papers' choice within a loss or cost, read only where --cls-loss or --cost asks for it.
     mal_gamma=1.5, f1='s2', rescale='one', f2=0.5, official_losses=False,
@@ -188,7 +188,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
 
         optimizer.zero_grad()
         numbers = {}   # name -> sum over the batches of this step
-        # The batches one after another, so that only one at a time needs memory; backward() adds up their gradients.
+        # One after another, so that only one batch at a time keeps activations; backward() adds up their gradients.
         for i, batch in enumerate(batches):
             if world > 1:   # what no_sync() sets: processes exchange their gradients once a step
                 parallel.require_backward_grad_sync = i == accumulate - 1
@@ -258,8 +258,9 @@ def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, n
     """
     model = getattr(parallel, 'module', parallel)
     layers, heads = len(model.decoder), len(model.encoder_class_heads)
-    # The scheme is nothing but this list: how many queries each group has, how many copies of a ground truth they have
-    # to find in each layer, and what that weighs. All groups are computed at once; at inference only the first exists.
+    # In the decoder, a scheme is nothing but this list: how many queries each group has, how many copies of a ground
+    # truth they have to find in each layer, and what that weighs. All groups are computed at once; at inference only
+    # the first exists.
     groups = query_groups(layers=layers, progress=progress, **row_of(settings))
     noised = None
     if settings['denoising']:
@@ -833,7 +834,7 @@ def complete(given: dict) -> dict:
         settings['warmup'] = given.get('warmup', 0.005)   # DEIM's 2000 of 440,000 steps
     if settings['ema'] is True:
         settings['ema'] = EMA[tiny]['decay']
-    # A flag that nothing would read is refused: else a run would not be what its command says.
+    # A flag of another loss or cost is refused: else a run would not be what its command says.
     for name, needs in dict(f1='stable', rescale='stable', mal_gamma='mal').items():
         if name in given and settings['cls_loss'] != needs:
             raise UserError(f'{flag(name, given[name])}: only --cls-loss {needs} has it')
