@@ -1026,7 +1026,7 @@ class TestExercises(unittest.TestCase):
         self.assertEqual(query_groups('branch', 3, n=3, T=6, K=2)[1].proposal_copies, 3, 'branch: an encoder head of '
                          'the second group wants K + 1 copies (H-DETR App. D): proposal_copies')
         with self.assertRaises(ValueError, msg='a scheme that is not in the table: raise ValueError'):
-            query_groups('no such scheme', 3, n=3)
+            self.attempt('a scheme that is not in the table: raise ValueError', query_groups, 'no such scheme', 3, n=3)
 
     def test_4_group_self_attention(self):
         """hybrid_detr.GroupSelfAttention.forward: groups of one size and of two, then denoising queries."""
@@ -1208,7 +1208,7 @@ class TestExercises(unittest.TestCase):
     def test_9_a_scheme_of_your_own(self):
         """matchers.query_groups, and the numbers in train.py: what holds for every row, also for one you add."""
         with self.assertRaises(ValueError, msg='a scheme that is not in the table') as caught:
-            query_groups('no such scheme', 3, n=2)
+            self.attempt('a scheme that is not in the table: raise ValueError', query_groups, 'no such scheme', 3, n=2)
         schemes = [scheme for scheme in train.TINY_ROWS if scheme not in train.PRESETS]
         listed = str(caught.exception).partition('choose from ')[2]   # of the solution's message, if it is still there
         names = set(listed.split(', ') if listed else schemes)
@@ -3548,14 +3548,14 @@ class TestKilled(unittest.TestCase):
         part, checkpoint, metrics = (out / name for name in ('checkpoint.part', 'checkpoint.pt', 'metrics.jsonl'))
         for kill in range(kills):
             part.unlink(missing_ok=True)
-            if not checkpoint.exists():   # killed before the first one: what is there, a new run refuses
-                shutil.rmtree(out, ignore_errors=True)
             process = self.start(*(('--resume', str(out), '--workers', '0') if checkpoint.exists() else
                                    (*self.flags, '--out', str(out))))
             started, wait = time.monotonic(), rng.uniform(4, 16)
-            while time.monotonic() < started + wait or kill % 2 and not part.exists():
+            # The first kill waits for a checkpoint, however slow the machine is: else there is nothing to go on from.
+            while (time.monotonic() < started + wait or kill % 2 and not part.exists()
+                   or kill == 0 and not checkpoint.exists()):
                 self.assertIsNone(process.poll(), 'the training must run until it is killed')
-                self.assertLess(time.monotonic(), started + 120)
+                self.assertLess(time.monotonic(), started + 240)
             process.kill()
             self.assertEqual(process.communicate()[0].count('train.py:'), 0)
             step = evaluation.read_checkpoint(str(checkpoint))['step'] if checkpoint.exists() else 0
@@ -3565,7 +3565,6 @@ class TestKilled(unittest.TestCase):
             self.assertGreaterEqual(step, before)
             self.assertLessEqual(logged - step, 50, 'more than the last interval is lost')
             before = step
-        self.assertGreater(before, 0)
 
         def stop(_, content):   # an uninterrupted run, up to the same step
             if content['step'] == before:
