@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -50,6 +51,7 @@ from matchers import (Cost, Matches, QueryGroup, assign, encoder_groups, match, 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / 'shared' / 'golden'
 BCCD = HERE.parent / 'shared' / 'bccd'
+torch.set_num_threads(1)   # models so small that more threads mostly wait for each other; and sums in the same order
 
 
 @contextlib.contextmanager
@@ -57,6 +59,13 @@ def quiet():
     """Catch what is printed; yields it as a file."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
         yield printed
+
+
+def demonstration(file):
+    """What `python FILE` prints, without the seconds that a new process takes to import torch."""
+    with quiet() as printed, unittest.mock.patch.object(sys, 'argv', [file]):
+        runpy.run_path(str(HERE / file), run_name='__main__')
+    return printed.getvalue()
 
 
 # --- The small official model: weights by rule, images by seed ------------------------------------------------------
@@ -886,8 +895,7 @@ class TestSchemes(unittest.TestCase):
 
     def test_the_toy_of_the_docstring(self):
         """`python matchers.py` prints the table of the module's docstring."""
-        printed = subprocess.run([sys.executable, str(HERE / 'matchers.py')], capture_output=True, text=True,
-                                 check=True).stdout
+        printed = demonstration('matchers.py')
         table = {line.split()[0]: ' '.join(line.split()) for line in printed.splitlines() if line}
         rows = {scheme: re.search(rf'^    ({scheme} .*)', matchers.__doc__, re.M) for scheme in matchers.TOY_ROWS}
         for scheme, row in rows.items():
@@ -1534,10 +1542,9 @@ class TestWhatAMatchIsWorth(Close, unittest.TestCase):
         self.assertGreater(float(stable[1]), float(plain[1]) + 1, 'a distant one is judged by a lower score')
 
     def test_demonstration(self):
-        done = subprocess.run([sys.executable, str(HERE / 'losses.py')], capture_output=True, text=True)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn('mal     match, IoU 0     0.051 +0.050     0.288 +0.250     0.693 +0.500', done.stdout)
-        self.assertIn('mal pays most', done.stdout)
+        printed = demonstration('losses.py')
+        self.assertIn('mal     match, IoU 0     0.051 +0.050     0.288 +0.250     0.693 +0.500', printed)
+        self.assertIn('mal pays most', printed)
 
 
 # --- The detector's groups ------------------------------------------------------------------------------------------
@@ -2753,6 +2760,7 @@ def train_with_frozen_norm(flags: list[str]) -> None:
     """train.py on a few images without batch norm, whose statistics are a batch's own."""
     real = data.ShapesDataset
     with (unittest.mock.patch.object(torch.nn, 'BatchNorm2d', FrozenBatchNorm2d),
+          unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone),
           unittest.mock.patch.object(data, 'ShapesDataset', lambda split, _, size, seed: real(split, 12, size, seed))):
         train.main(flags)
 
@@ -2763,10 +2771,12 @@ class TestCommands(unittest.TestCase):
         real = self.shapes = data.ShapesDataset   # with fewer images, quick to go through
         self.enterContext(unittest.mock.patch.object(data, 'ShapesDataset', lambda split, length, size,
                                                      seed: real(split, 12, size, seed)))
+        self.enterContext(unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone))
 
     def run_train(self, *flags, out='run'):
         with quiet() as printed:
-            train.main([*flags] if '--resume' in flags else [*SMALL, '--out', str(self.root / out), *flags])
+            train.main([*flags, '--workers', '0'] if '--resume' in flags else
+                       [*SMALL, '--out', str(self.root / out), *flags])
         return printed.getvalue()
 
     def refuses(self, message, call, *flags):
@@ -2787,7 +2797,7 @@ class TestCommands(unittest.TestCase):
             self.assertAlmostEqual(sum(parts), record['loss'], places=3, msg='the parts must add up to the loss')
 
     def test_resume_continues_to_the_bit(self):
-        flags = ['--scheme', 'group', '--G', '2', '--steps', '12', '--dropout', '0.1']
+        flags = ['--scheme', 'group', '--G', '2', '--steps', '6', '--batch-size', '4', '--dropout', '0.1']   # 2 epochs
         self.run_train(*flags, out='whole')
         saved, real = [], train.save
 
@@ -2799,12 +2809,12 @@ class TestCommands(unittest.TestCase):
         with unittest.mock.patch.object(train, 'save', stop_after_first), self.assertRaises(KeyboardInterrupt):
             self.run_train(*flags, out='stopped')
         printed = self.run_train('--resume', str(self.root / 'stopped'))
-        self.assertIn('steps 4 to 12', printed)
+        self.assertIn('steps 2 to 6', printed)
         lines = (self.root / 'stopped' / 'metrics.jsonl').read_text().splitlines()
-        self.assertEqual([r['step'] for r in map(json.loads, lines) if 'AP' in r], [4, 8, 12],
+        self.assertEqual([r['step'] for r in map(json.loads, lines) if 'AP' in r], [2, 4, 6],
                          'evaluations at every third')
         # Stopped between the last checkpoint and its evaluation: resuming makes up for it.
-        (self.root / 'stopped' / 'metrics.jsonl').write_text('\n'.join(lines[:-1]) + '\n{"step": 12, "AP"')
+        (self.root / 'stopped' / 'metrics.jsonl').write_text('\n'.join(lines[:-1]) + '\n{"step": 6, "AP"')
         self.assertIn('Average Precision', self.run_train('--resume', str(self.root / 'stopped')))
         self.assertEqual(len((self.root / 'stopped' / 'metrics.jsonl').read_text().splitlines()), len(lines))
         whole, resumed = (evaluation.read_checkpoint(str(self.root / name / 'checkpoint.pt'))
@@ -2821,17 +2831,16 @@ class TestCommands(unittest.TestCase):
                                ('branch', '--T', '8', '--K', '1', '--selection', 'distinct'),
                                ('stable', '--denoising', '6'), ('deim', '--denoising', '6')):
             out = '-'.join((scheme, *flags))
-            with (unittest.mock.patch.dict(train.TINY_MODEL, width=64, encoder_layers=1),
-                  unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone)):
+            with unittest.mock.patch.dict(train.TINY_MODEL, width=64, encoder_layers=1):
                 printed = self.run_train('--overfit', '2', '--steps', '64', '--eval-every', '64', '--scheme', scheme,
-                                         *flags, '--lr', '4e-3', '--ffn', '64', out=out)
+                                         *flags, '--lr', '4e-3', '--ffn', '64', '--decoder-layers', '2', out=out)
             records = [json.loads(line) for line in (self.root / out / 'metrics.jsonl').read_text().splitlines()]
             self.assertGreater(records[-1]['AP50'], 0.6, f'{out} does not detect what it was trained on')
             self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.6, f'{out}, mean of 14 steps')
             self.assertEqual('preset, and what you gave: --queries 8 --cls-loss' in printed, scheme in train.PRESETS)
 
     def test_every_pair_of_switches_trains(self):
-        """All pairs of (loss, cost, fusion, scheme, denoising) occur in one of 36 runs of 4 steps."""
+        """All pairs of (loss, cost, fusion, scheme, denoising) occur in one of 36 runs of 2 steps."""
         schemes = 'one2one', 'branch', 'epoch', 'layer', 'group', 'one2many'   # not those of an exercise
         kinds = (tuple(train.CLASS_WEIGHTS), ('focal', 'stable'), ('none', 'simple', 'ulike', 'dense'), schemes, (0, 6))
         runs = [(i, (i // 2 + j) % 2, (i + j) % 4, j, (i + j // 2) % 2) for i in range(6) for j in range(6)]
@@ -2842,7 +2851,6 @@ class TestCommands(unittest.TestCase):
                        one2many=dict(K=2))
         small = dict(width=32, heads=2, encoder_layers=2, levels=3)
         with (unittest.mock.patch.dict(train.TINY_MODEL, small), quiet(),
-              unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone),
               unittest.mock.patch.object(evaluation, 'detect', lambda *args, **kwargs: np.zeros((0, 7))),
               unittest.mock.patch.object(evaluation, 'average_precision', lambda *args, **kwargs: ({
                   'AP': 0.0, 'AP50': 0.0}, {})), unittest.mock.patch.object(evaluation, 'draw_predictions')):
@@ -2850,7 +2858,7 @@ class TestCommands(unittest.TestCase):
                 loss, cost, fusion, scheme, denoising = (kind[i] for kind, i in zip(kinds, run))
                 flags = [x for name, value in numbers.get(scheme, {}).items() for x in (f'--{name}', str(value))]
                 out = self.root / '-'.join(map(str, run))
-                train.main([*SMALL, '--image-size', '32', '--queries', '12', '--ffn', '32', '--steps', '4', '--out',
+                train.main([*SMALL, '--image-size', '32', '--queries', '12', '--ffn', '32', '--steps', '2', '--out',
                             str(out), '--scheme', scheme, '--cls-loss', loss, '--cost', cost, '--fusion', fusion,
                             '--denoising', str(denoising), '--decoder-layers', '2', *flags])
                 self.assertEqual(evaluation.read_checkpoint(str(out / 'checkpoint.pt'))['architecture'][
@@ -2862,23 +2870,20 @@ class TestCommands(unittest.TestCase):
         """The gradient of a step is the same from one batch of 4, from 2 x 2 in turn, and from 2 processes of 2."""
         port = free_port()
         flags = [*SMALL, '--scheme', 'group', '--G', '2', '--steps', '1', '--cls-loss', 'mal']
-        runs = {'one': ['--batch-size', '4'], 'accumulated': ['--accumulate', '2'], 'two': []}
-        for name, more in runs.items():
-            call = [*flags, *more, '--out', str(self.root / name)]
-            if name != 'two':
-                with quiet():
-                    train_with_frozen_norm(call)
-                continue
-            processes = [subprocess.Popen(
-                [sys.executable, '-c', f'import test_all; test_all.train_with_frozen_norm({call})'], cwd=HERE,
-                env={**os.environ, 'RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost',
-                     'MASTER_PORT': str(port)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                for rank in range(2)]
-            for process in processes:
-                printed = process.communicate(timeout=120)[0]
-                self.assertEqual(process.returncode, 0, printed)
+        call = [*flags, '--out', str(self.root / 'two')]
+        processes = [subprocess.Popen(
+            [sys.executable, '-c', f'import test_all; test_all.train_with_frozen_norm({call})'], cwd=HERE,
+            env={**os.environ, 'RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost',
+                 'MASTER_PORT': str(port)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for rank in range(2)]
+        for name, more in (('one', ['--batch-size', '4']), ('accumulated', ['--accumulate', '2'])):
+            with quiet():
+                train_with_frozen_norm([*flags, *more, '--out', str(self.root / name)])
+        for process in processes:
+            printed = process.communicate(timeout=120)[0]
+            self.assertEqual(process.returncode, 0, printed)
         moments = {name: evaluation.read_checkpoint(str(self.root / name / 'checkpoint.pt'))['optimizer']['state']
-                   for name in runs}   # after one step, a tenth of the clipped gradient
+                   for name in ('one', 'accumulated', 'two')}   # after one step, a tenth of the clipped gradient
         for name in ('accumulated', 'two'):
             for i, state in moments['one'].items():
                 difference = (state['exp_avg'] - moments[name][i]['exp_avg']).abs().max()
@@ -3094,10 +3099,10 @@ class TestCommands(unittest.TestCase):
     def test_metrics_do_not_depend_on_the_number_of_workers(self):
         lines = []
         for workers in '021':
-            self.run_train('--scheme', 'deim', '--denoising', '4', '--steps', '4', '--workers', workers, out=workers)
+            self.run_train('--scheme', 'deim', '--denoising', '4', '--steps', '3', '--workers', workers, out=workers)
             records = [json.loads(line) for line in (self.root / workers / 'metrics.jsonl').read_text().splitlines()]
             lines.append([{k: v for k, v in record.items() if k != 'images_per_second'} for record in records])
-        self.assertEqual(len(lines[0]), 4, 'a record of the losses and three evaluations')
+        self.assertEqual(len(lines[0]), 6, 'three records of the losses and three evaluations')
         self.assertTrue(lines[0] == lines[1] == lines[2])
 
     def test_resume_under_other_conditions_is_refused(self):
@@ -3140,7 +3145,6 @@ class TestCommands(unittest.TestCase):
         small = dict(width=32, heads=2, encoder_layers=1)
         self.enterContext(unittest.mock.patch.dict(train.TINY_MODEL, small))
         self.enterContext(unittest.mock.patch.dict(train.TINY, decoder_layers=1))
-        self.enterContext(unittest.mock.patch.object(hybrid_detr, 'TinyBackbone', ThinBackbone))
         self.enterContext(unittest.mock.patch.object(evaluation, 'average_precision', lambda *args, **kwargs: ({
             'AP': 0.0, 'AP50': 0.0}, {})))
         self.enterContext(unittest.mock.patch.object(evaluation, 'detect', lambda *args, **kwargs: np.zeros((0, 7))))
@@ -3198,7 +3202,7 @@ class TestCommands(unittest.TestCase):
             train.main(['--resume', str(self.root / 'run')])
 
     def test_resume_with_average_and_denoising(self):
-        flags = ['--scheme', 'deim', '--steps', '6', '--denoising', '4']
+        flags = ['--scheme', 'deim', '--steps', '3', '--denoising', '4']
         self.run_train(*flags, out='whole')
         real = train.save
         with unittest.mock.patch.object(train, 'save', side_effect=lambda *args: (real(*args), 1 / 0)), \
