@@ -657,6 +657,10 @@ def with_margin(values: Sequence[float], least: float) -> tuple[float, float]:
     return min(values) - margin, max(values) + margin
 
 
+MEASURES = 'AP', 'AP50', 'duplicates'
+FINER_MEASURES = 'AP75', 'oLRP', 'oLRP_Loc', 'oLRP_FP', 'oLRP_FN'
+
+
 def compare(folders: list[str], picture: str | None = None, unstable: str | None = None) -> None:
     """Print the results of several runs, and draw their AP over the steps (Group DETR Fig. 1, H-DETR Fig. 4), and of
     those with --unstable the last unstable scores over the layers (Stable-DINO Fig. 3).
@@ -677,7 +681,7 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         records = read_metrics(file)
         evaluations = [record for record in records if 'AP' in record]
         for record in evaluations:
-            if not all(isinstance(record.get(key), (int, float)) for key in ('AP', 'AP50', 'duplicates')):
+            if not all(isinstance(record.get(key), (int, float)) for key in (*MEASURES, *FINER_MEASURES)):
                 raise UserError(f'{file}: the evaluation of step {record["step"]} lacks a number')
         name = re.sub(r'-\d+$', '', Path(folder).name)   # NAME-ema and NAME-plain are no seeds of NAME
         if places.setdefault(name, Path(folder).parent) != Path(folder).parent:
@@ -688,16 +692,21 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
             raise UserError(f'{file}: an images_per_second is no number')
         speeds.setdefault(name, []).append(np.median(logged) if logged else math.nan)
     lines, of_layers = {}, {}   # what is drawn: name -> (x, mean, lowest, highest)
-    print('| run | seeds | steps | AP | AP50 | duplicates | images/s |\n|---|---|---|---|---|---|---|')
+    finer = []   # the second table
+    print(f'| run | seeds | steps | {" | ".join(MEASURES)} | images/s |\n|---|---|---|---|---|---|---|')
     for name, repetitions in runs.items():
         # A mean over seeds is one of the same steps, at the end and at every point of a curve.
         steps = [record['step'] for record in repetitions[0]]
         if not steps or any([record['step'] for record in run] != steps for run in repetitions):
             raise UserError(f'{name}: its runs have no evaluations, or not at the same steps')
         last = [run[-1] for run in repetitions]
-        results = [[record[key] for record in last] for key in ('AP', 'AP50', 'duplicates')]
-        cells = [f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' for values in results]
-        print(f'| {name} | {len(last)} | {steps[-1]} | {" | ".join(cells)} | {np.mean(speeds[name]):.1f} |')
+        cells = {}
+        for key in (*MEASURES, *FINER_MEASURES):
+            values = [record[key] for record in last]
+            cells[key] = f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})'
+        print(f'| {name} | {len(last)} | {steps[-1]} | {" | ".join(cells[key] for key in MEASURES)} | '
+              f'{np.mean(speeds[name]):.1f} |')
+        finer.append(f'| {name} | {" | ".join(cells[key] for key in FINER_MEASURES)} |')
         ap = np.array([[record['AP'] for record in run] for run in repetitions])
         lines[name] = steps, ap.mean(0), ap.min(0), ap.max(0)
         # A run that was trained without --unstable has a row, but no line.
@@ -708,8 +717,9 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
             of_layers[name] = range(1, scores.shape[1] + 1), scores.mean(0), scores.min(0), scores.max(0)
     if unstable and not of_layers:
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
-    print('AP, AP50 and duplicates: mean (lowest-highest) over the seeds; images/s: mean over the seeds of the median '
-          'in training,\nwhich compares only runs on a machine that was as busy')
+    print(f'\n| run | {" | ".join(FINER_MEASURES)} |\n|---|---|---|---|---|---|', *finer, sep='\n')
+    print('\nmean (lowest-highest) over the seeds; images/s: mean over the seeds of the median in training,\nwhich '
+          'compares only runs on a machine that was as busy')
     if picture:   # from the first evaluation on: the differences at the end are small
         every_step = np.concatenate([line[0] for line in lines.values()])
         every_ap = np.concatenate([ap for line in lines.values() for ap in line[1:]])
@@ -1224,6 +1234,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.image >= len(dataset):
         raise UserError(f'--image {args.image}: there are the images 0 to {len(dataset) - 1}')
     batch_size = args.batch_size or settings.get('batch_size', 2)
+    print(f'{args.weights}, group {args.group}{f", NMS at {args.nms}" * (args.nms is not None)}, on {len(dataset)} '
+          f'images of {data}')
     rows = detect(model, dataset, ids, batch_size=batch_size, workers=args.workers, nms=args.nms, group=args.group)
     if args.save_json:
         results = [{'image_id': int(image_id), 'category_id': int(category_id), 'bbox': bbox, 'score': score}

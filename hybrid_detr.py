@@ -188,10 +188,8 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
     """The inner part of Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
 
     value (B,S,heads,d), locations (B,N,heads,V,J,2) as x, y in 0..1, weights (B,N,heads,V,J) -> (B,N,heads*d).
-    Outside a level the value is 0. The official code has a CUDA kernel of its own for it; of the forms in PyTorch, one
-    `grid_sample` per level is the best for tiny and near the best at the paper's size. Tried as the encoder of both on
-    two CPU cores, forward + backward: one gather over all levels took 1.4 to 2.8 times as long with 4 times the memory,
-    embedding_bag 0.9 (paper's size) to 2.0 times as long with 0.7 to 0.9 of it.
+    Outside a level the value is 0. The official code has a CUDA kernel of its own for it. Of the forms in PyTorch, one
+    `grid_sample` per level was the best on a CPU or near it (tried: one gather over all levels, embedding_bag).
     """
     B, _, heads, d = value.shape
     N = locations.shape[1]
@@ -475,7 +473,7 @@ class HybridDETR(nn.Module):
         sizes = self.groups if group is None else self.groups[:group + 1]
         encoder_logits, box_logits = self.propose(tokens, where, len(sizes))                            # (B, E, S, .)
         chosen, end = self.select(encoder_logits, box_logits, sizes), sum(sizes)               # (B, n, 4) of each group
-        if group is not None:   # only the last of them goes on
+        if group is not None:   # only the last of them goes on; in the whole row it ends at `end`
             chosen, sizes = chosen[-1:], sizes[-1:]
         matching = sum(sizes)   # the row without denoising queries
         boxes = torch.cat(chosen if noised is None else [*chosen, noised.boxes], 1)                     # (B, N, 4)

@@ -81,18 +81,18 @@ class LossSettings(NamedTuple):
 
 # --- Classification losses: a row of the table above each -----------------------------------------------------------
 
-# Scores p of matched entries and quality s of their boxes (the IoU; stable: f1(IoU)) -> target t and weight of
+# Scores p of matched entries and the quality of their boxes (the IoU s; stable: f1(s)) -> target t and weight of
 # BCE(p, t).
 MATCHED = {
-    'bce': lambda p, s, how: (1.0, 1.0),
-    'focal': lambda p, s, how: (1.0, 0.25 * (1 - p) ** 2),
+    'bce': lambda p, quality, how: (1.0, 1.0),
+    'focal': lambda p, quality, how: (1.0, 0.25 * (1 - p) ** 2),
     # Good matches weigh more, and a match without overlap is as good as none.
-    'vfl': lambda p, s, how: (s, torch.where(s > 0, s, 0.0 if how.official else 0.75 * p ** 2)),
-    # A confident query with a bad box pays in full, where vfl would weigh it with its small s.
-    'mal': lambda p, s, how: (s ** how.mal_gamma, 1.0),
+    'vfl': lambda p, quality, how: (quality, torch.where(quality > 0, quality, 0.0 if how.official else 0.75 * p ** 2)),
+    # A confident query with a bad box pays in full, where vfl would weigh it with its small IoU.
+    'mal': lambda p, quality, how: (quality ** how.mal_gamma, 1.0),
     # A match with a bad box is hardly encouraged, so an early mistake does not confirm itself (Stable-DINO §2.4.1),
     # and fewer objects change their query between layers (Fig. 3). The factor is differentiated, as in the code.
-    'stable': lambda p, s, how: (s, (s - p) ** 2 * (0.25 if how.official else 1.0))}
+    'stable': lambda p, quality, how: (quality, (quality - p) ** 2 * (0.25 if how.official else 1.0))}
 
 # Scores p of all other entries -> c and w of the loss c * w * BCE(p, 0). The constant c is kept apart, since on each of
 # the L*B*N*C entries, of which there are millions, it would be one pass more: `background_loss` applies it to the sum.
@@ -105,10 +105,10 @@ BACKGROUND = {
     'stable': lambda p, how: (0.75 if how.official else 1.0, p ** 2)}
 
 
-def match_loss(logits: Tensor, s: Tensor, how: LossSettings) -> Tensor:
+def match_loss(logits: Tensor, quality: Tensor, how: LossSettings) -> Tensor:
     """Loss of matched entries. With logit x, -log(1-p) = softplus(x) and -log p = softplus(x) - x: so BCE(p, t) is
     softplus(x) - t x, which is safe for any x."""
-    target, weight = MATCHED[how.cls_loss](logits.sigmoid(), s, how)
+    target, weight = MATCHED[how.cls_loss](logits.sigmoid(), quality, how)
     return weight * (F.softplus(logits) - target * logits)
 
 
@@ -119,10 +119,10 @@ def background_loss(logits: Tensor, how: LossSettings, dim: Sequence[int] = ()) 
     return constant * (loss.sum(dim) if dim else loss)
 
 
-def class_loss(logits: Tensor, matched: Tensor, s: Tensor, how: LossSettings = LossSettings()) -> Tensor:
-    """Every loss but ce, of every entry: logits, matched (0 or 1, one-hot) and quality s, of one shape. The plain form
+def class_loss(logits: Tensor, matched: Tensor, quality: Tensor, how: LossSettings = LossSettings()) -> Tensor:
+    """Every loss but ce, of every entry: logits, matched (0 or 1, one-hot) and quality, of one shape. The plain form
     of what `set_loss` sums without a one-hot target."""
-    return torch.where(matched > 0, match_loss(logits, s, how), background_loss(logits, how))
+    return torch.where(matched > 0, match_loss(logits, quality, how), background_loss(logits, how))
 
 
 def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -236,7 +236,7 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
         divisor = torch.stack([part.sum((1, 2)) for part in weights.split(sizes, 2)], 1)                # (L, G)
         loss = (losses.sum(1) * (weight / divisor)[:, group_of]).sum()
     else:
-        pair_logits, s = logits[(*pair, label)], iou                                                    # (P,) each
+        pair_logits, quality = logits[(*pair, label)], iou                                              # (P,) each
         if how.cls_loss == 'stable':
             # The largest target of each layer, image and group is rescaled by itself: entry (l, b, g) of (L, B, G), as
             # one number.
@@ -246,12 +246,12 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor], gt_boxe
                 peak = torch.ones_like(weight).repeat(L * B)
             elif how.rescale == 'max-iou':
                 peak = largest_iou(boxes, gt_boxes, sizes).flatten()
-            s = stable_target(iou, pair_logits.sigmoid(), owner, peak, how.f1)
+            quality = stable_target(iou, pair_logits.sigmoid(), owner, peak, how.f1)
         # Unmatched queries are background in every class, and pay no box loss. Nearly all entries are background, so
         # all are counted as such, and those of the pairs then exchanged: a one-hot target would cost as much again.
         # (In float32 the difference of the two leaves an error of 1e-7 of the larger one.)
         all_background = (background_loss(logits, how, (1, 3)) * scale).sum()   # (L, N): summed over images, classes
-        exchange = (match_loss(pair_logits, s, how) - background_loss(pair_logits, how)) * pair_scale   # (P,)
+        exchange = (match_loss(pair_logits, quality, how) - background_loss(pair_logits, how)) * pair_scale   # (P,)
         loss = all_background + exchange.sum()
     class_weight = CLASS_WEIGHTS[how.cls_loss] if how.class_weight is None else how.class_weight
     return class_weight * loss, L1_WEIGHT * l1_loss, GIOU_WEIGHT * giou_loss, iou

@@ -13,9 +13,9 @@ objects the tasks, and there are more queries than objects: most stay without on
 
 A detector answers with a fixed row of N queries, each a box and C class scores. Training needs to know which query
 has to answer for which object. The row is cut into groups, whose queries see only one another. A group has a size, a
-number of copies of every ground truth that it must find in each decoder layer, and the weight of its loss. But for
-where the first boxes of its queries come from (hybrid_detr.py's `select`, and with it `encoder_groups`) nothing else
-tells the schemes apart: `query_groups` below is the whole subject.
+number of copies of every ground truth that it must find in each decoder layer, and the weight of its loss. Apart
+from where the first boxes of its queries come from (hybrid_detr.py's `select`, and with it `encoder_groups`), nothing
+else tells the schemes apart: `query_groups` below is the whole subject.
 
 The letters, the same in every file of this project unless it says otherwise:
 
@@ -64,7 +64,7 @@ class QueryGroup(NamedTuple):
     queries: int
     copies: tuple[int, ...]    # of each ground truth, in each of the L layers
     weight: float = 1.0        # of its loss
-    proposal_copies: int = 1   # of each ground truth for its encoder head, if it has one of its own
+    proposal_copies: int = 1   # of each ground truth for its encoder head; read only if groups have heads of their own
     denoising: bool = False    # the assignment is known from the start: see `denoising_queries`
 
 

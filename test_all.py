@@ -153,7 +153,7 @@ CASES = {'A': [([3, 7, 0, 10], [[0.3, 0.35, 0.4, 0.5], [0.72, 0.6, 0.35, 0.45], 
                ([5, 1], [[0.42, 0.5, 0.6, 0.7], [0.75, 0.25, 0.3, 0.36]])]}
 CASES['B'] = [CASES['A'][0], ([], [])]
 CASES['C'] = [([], []), ([], [])]
-GROUPS = query_groups('branch', 3, n=20, T=60, K=3)
+GROUPS = [QueryGroup(20, (1, 1, 1)), QueryGroup(60, (3, 3, 3))]   # branch with n = 20, T = 60, K = 3
 
 
 def ground_truths(case, dtype=torch.float32):
@@ -981,9 +981,11 @@ class TestExercises(unittest.TestCase):
         def cost(logits=zero, box=at, label=0, gt=at):
             return self.attempt('A tensor (L, N, M) is wanted', matching_cost, torch.tensor(logits),
                                 torch.tensor([[box]]), torch.tensor([label]), torch.tensor([gt]))
-        self.close(cost(), [[[2 * (0.25 / 4 - 0.75 / 4) * log2 - 2]]], 'score 1/2 and a perfect box: 2 * (1/4 * '
-                   '(1-p)^2 * log 2 - 3/4 * p^2 * log 2), no L1, and -2 * GIoU with GIoU = 1, of shape (L, N, M); inf '
-                   'or nan: GIoU needs corners')
+        found = cost()
+        finite = bool(torch.as_tensor(found).isfinite().all())
+        self.close(found, [[[2 * (0.25 / 4 - 0.75 / 4) * log2 - 2]]], 'score 1/2 and a perfect box: 2 * (1/4 * '
+                   '(1-p)^2 * log 2 - 3/4 * p^2 * log 2), no L1, and -2 * GIoU with GIoU = 1, of shape (L, N, M)'
+                   + '; inf or nan: GIoU needs corners' * (not finite))
         p = 1 / (1 + math.exp(-2))
         class_cost = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p ** 2 * -math.log(1 - p)
         self.close(cost([[[2.0, 0.0]]]), [[[2 * class_cost - 2]]], f'the same with a score of {p:.3f}: is it a '
@@ -1009,9 +1011,10 @@ class TestExercises(unittest.TestCase):
 
     def test_3_query_groups(self):
         """matchers.query_groups: the rows of the table."""
-        def of(scheme, layers, progress, **numbers):
-            groups = self.attempt('return a list of QueryGroup, whose copies are a tuple with an entry for each layer, '
-                                  'as (1,) * layers', query_groups, scheme, layers, progress, **numbers)
+        def of(scheme, layers, progress, why, **numbers):
+            groups = self.attempt(f'{scheme} with {numbers}: return a list of QueryGroup, whose copies are a tuple '
+                                  f'with an entry for each layer, as (1,) * layers. {why}', query_groups, scheme,
+                                  layers, progress, **numbers)
             self.assertIsInstance(groups, list, f'{scheme}: return a list of QueryGroup')
             for group in groups:
                 self.assertIsInstance(group, QueryGroup, f'{scheme}: return a list of QueryGroup')
@@ -1028,7 +1031,7 @@ class TestExercises(unittest.TestCase):
                 ('group', 3, 0, dict(n=3, G=3), [(3, (1, 1, 1), round(1 / 3, 9))] * 3, 'Group DETR Eq. 7: the mean of '
                  'G losses'),
                 ('one2many', 3, 1, dict(n=9, K=2), [(9, (2, 2, 2), 1)], 'K copies everywhere, to the end')):
-            found = of(scheme, layers, progress, **numbers)
+            found = of(scheme, layers, progress, why, **numbers)
             self.assertEqual(found, wanted, f'{why}\n    {scheme}, {layers} layers, {numbers}, progress {progress}, as '
                              f'(queries, copies in each layer, weight)\n    yours  {found}\n    wanted {wanted}')
         self.assertEqual(query_groups('branch', 3, n=3, T=6, K=2)[1].proposal_copies, 3, 'branch: an encoder head of '
@@ -1242,6 +1245,9 @@ class TestExercises(unittest.TestCase):
                                      f'{what}the row depends on {name}, which has no number in train.{table}: its flag '
                                      'would be refused')
                 sizes = [group.queries for group in groups]
+                # Of one encoder head all groups get tokens, of which `tiny` has 16^2 + 8^2 + 4^2 for shapes.
+                self.assertTrue(table == 'PAPER_ROWS' or sum(sizes) <= 336, f'{what}{sum(sizes)} queries, and an image '
+                                'of 128 pixels has 336 tokens to choose them from')
                 self.assertTrue(all(len(group.copies) == layers and all(isinstance(k, int) and k >= 0 for k in
                                                                         group.copies) for group in groups),
                                 f'{what}copies are whole numbers, as many as layers')
@@ -1261,7 +1267,8 @@ class TestExercises(unittest.TestCase):
                 self.assertTrue(all(part.isfinite() for part in parts.values()), f'{what}{parts}')
             if scheme != 'one2many':
                 self.assertEqual(groups[0].copies[-1], 1, f'{what}the first group has {groups[0].copies[-1]} copies in '
-                                 'its last layer; it needs one: more need NMS, and none trains nothing')
+                                 'its last layer; it needs one: more need NMS, and none trains nothing. (Meant to be '
+                                 'without a one-to-one end, as one2many? Then add its name to this test.)')
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -2621,19 +2628,22 @@ class TestMeasures(unittest.TestCase):
 
     def test_comparison_of_runs(self):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        others = dict(duplicates=0, AP75=0.5, oLRP=0.7, oLRP_Loc=0.2, oLRP_FP=0.3, oLRP_FN=0.4)
         for speed, (name, aps) in enumerate({'group-0': (0.1, 0.4), 'group-1': (0.2, 0.6),
                                              'one2one-0': (0.3, 0.3)}.items()):
             (folder / name).mkdir()
             line = json.dumps({'step': 5, 'loss': 1, 'images_per_second': 20 + 10 * speed}) + '\n'
             (folder / name / 'metrics.jsonl').write_text(line + ''.join(json.dumps({
-                'step': 10 * i + 10, 'AP': ap, 'AP50': ap, 'duplicates': 0}) + '\n' for i, ap in enumerate(aps))
-                + '{"step": 30, "lo')
+                'step': 10 * i + 10, 'AP': ap, 'AP50': ap, **others, 'oLRP_FN': 1 - ap}) + '\n'
+                for i, ap in enumerate(aps)) + '{"step": 30, "lo')
         runs = [str(folder / name) for name in ('group-0', 'group-1', 'one2one-0')]
         with quiet() as printed:
             evaluation.main(['--compare', *runs, '--curves', str(folder / 'curves.png')])
         self.assertIn('| group | 2 | 20 | 0.500 (0.400-0.600) |', printed.getvalue())
         self.assertIn(' | 25.0 |\n', printed.getvalue(), 'the mean of 20 and 30 images/s')
         self.assertIn('| one2one | 1 | 20 | 0.300 (0.300-0.300) |', printed.getvalue())
+        self.assertIn('| 0.300 (0.300-0.300) | 0.500 (0.400-0.600) |\n| one2one | 0.500', printed.getvalue(),
+                      'oLRP_FP and oLRP_FN of group, in the second table')
         image = np.array(Image.open(folder / 'curves.png').convert('RGB')).astype(int)
         column = np.abs(image[100:, round((130 + 1420 * 0.5) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # between the steps
         height = (1060 - 2 * (column.nonzero()[0] + 100).mean()) / 890   # of an axis from 0.1 to 0.6, and margins
@@ -2656,7 +2666,7 @@ class TestMeasures(unittest.TestCase):
         for name, scores in (('one2one-0', [60, 30, 10]), ('one2one-1', [40, 30, 20])):
             (folder / name).mkdir(exist_ok=True)
             (folder / name / 'metrics.jsonl').write_text(json.dumps({
-                'step': 10, 'AP': 0.5, 'AP50': 0.5, 'duplicates': 0, 'unstable': scores}) + '\n')
+                'step': 10, 'AP': 0.5, 'AP50': 0.5, **others, 'unstable': scores}) + '\n')
         with quiet() as printed:
             evaluation.main(['--compare', str(folder / 'one2one-0'), str(folder / 'one2one-1'), '--unstable-curves',
                              str(folder / 'layers.png')])
@@ -2837,7 +2847,7 @@ class TestCommands(unittest.TestCase):
             records = [json.loads(line) for line in (self.root / out / 'metrics.jsonl').read_text().splitlines()]
             self.assertGreater(records[-1]['AP50'], 0.6, f'{out} does not detect what it was trained on')
             self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.6, f'{out}, mean of 14 steps')
-            self.assertEqual('preset, and what you gave: --queries 8 --cls-loss' in printed, scheme in train.PRESETS)
+            self.assertEqual('--cls-loss' in printed, scheme in train.PRESETS, 'what a preset changes is printed')
 
     def test_every_pair_of_switches_trains(self):
         """All pairs of (loss, cost, fusion, scheme, denoising) occur in one of 36 runs of 2 steps."""

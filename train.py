@@ -631,15 +631,15 @@ def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, opt
 # --- What a run writes and prints -----------------------------------------------------------------------------------
 
 def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
-    """Print the scheme's row of the table, what it promises, and what a preset sets."""
+    """Print the scheme's row of the table, what it promises, and what a preset or flags change beside it."""
     row = row_of(settings)
     groups = query_groups(layers=layers, **row)
     print(f'  scheme {row["scheme"]}:', *(flag(name, f'{row[name]:g}') for name in ROW_NUMBERS if name in row))
-    if settings['scheme'] in PRESETS:
-        names = ['n', *PRESETS[settings['scheme']], 'class_weight']
-        if settings['cls_loss'] == 'mal':
-            names.append('mal_gamma')
-        print('  preset, and what you gave: ' + ' '.join(flag(name, settings[name]) for name in names))
+    plain = complete({'scheme': row['scheme'], 'model': settings['model'], 'data': settings['data']})
+    changed = [name for name in settings if name not in ('scheme', 'out', 'steps', 'epochs', *ROW_NUMBERS)
+               and settings[name] != plain.get(name)]
+    if changed:
+        print('  other than its defaults:', *(flag(name, settings[name]) for name in changed))
     for group in dict.fromkeys(groups):   # equal groups once
         print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
               f'{group.copies}, weight {group.weight:.3g}')
