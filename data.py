@@ -97,11 +97,11 @@ def shape_mask(label: int, w: int, h: int) -> np.ndarray:
     """The pixels of a shape that touches all four sides of its (h, w) box, from 5 x 5 on: bool (h, w)."""
     x = (2 * np.arange(w) + 1) / w - 1            # (w,)    pixel centres, -1..1
     y = (2 * np.arange(h)[:, None] + 1) / h - 1   # (h, 1)
-    square = x * x + y * y                        # (h, w)
+    radius2 = x * x + y * y                       # (h, w)
     # Of the triangle, half the width at the lower edge of each row of pixels: 1 / h at the top, 1 at the bottom. At
     # least 1 / w, or the top row of a box of even width might stay empty; 1.01 for rounding.
     half = np.maximum((y + 1) / 2 + 0.5 / h, 1.01 / w)   # (h, 1)
-    return {'disc': square <= 1, 'ring': (square <= 1) & (square >= 0.3), 'box': square >= 0,
+    return {'disc': radius2 <= 1, 'ring': (radius2 <= 1) & (radius2 >= 0.3), 'box': radius2 >= 0,
             'frame': (np.abs(x) >= 0.55) | (np.abs(y) >= 0.55),
             'triangle': np.abs(x) <= half,
             'cross': (np.abs(x) <= 0.34) | (np.abs(y) <= 0.34)}[SHAPES[label]]

@@ -25,6 +25,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -471,19 +472,21 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
     save_grid([pictures[:2], pictures[2:]], path)
 
 
-def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limits: tuple | None = None) -> None:
-    """Save a PNG of lines {text: (x values, y values)}; names and limits (low, high): of the x and y axis. Lines of
-    few points have a mark at each, another one for each line, so that grey print tells them apart, too. {text: (x, y,
-    lowest, highest)} adds a bar at each point, from the lowest to the highest; bars and marks stand side by side."""
-    image = Image.new('RGB', (1600, 1200), 'white')   # twice the final size, for smooth lines
+def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple | None = None, height: int = 1200,
+               legend: bool = True) -> Image.Image:
+    """A picture of lines {text: (x values, y values)}; names and limits (low, high): of the x and y axis. Lines of few
+    points have a mark at each, another one for each line, so that grey print tells them apart, too. {text: (x, y,
+    lowest, highest)} adds a bar at each point, from the lowest to the highest; such lines stand side by side, up to 22
+    pixels beside their x values."""
+    image = Image.new('RGB', (1600, height), 'white')   # twice the final size, for smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
-    top = 120 + 50 * math.ceil(len(lines) / 3)
+    top, bottom = 120 + 50 * math.ceil(len(lines) / 3) * legend, height - 140
     # 1e-3: an axis of zeros would have no scale.
     limits = limits or [(0, max(1e-3, *(max(values[axis]) for values in lines.values()))) for axis in (0, 1)]
     (left, right), (low, high) = limits
 
     def at(x, y):
-        return 130 + 1420 * (x - left) / (right - left), 1060 - (1060 - top) * (y - low) / (high - low)
+        return 130 + 1420 * (x - left) / (right - left), bottom - (bottom - top) * (y - low) / (high - low)
 
     def ticks(low, high):   # up to 6 round steps; whole ones, as for layers, where the axis goes beyond 1
         steps = [digit * 10.0 ** power for power in range(-3 if high <= 1 else 0, 9) for digit in (1, 2, 5)]
@@ -499,29 +502,31 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], path: str, limit
             pen.ellipse((x - r, y - r, x + r, y + r), colour, 'white', 3)
 
     # Grid and axes, then the lines above them.
-    for tick in ticks(left, right):
+    points_of_x = sorted({value for x, *_ in lines.values() for value in x})
+    for tick in points_of_x if len(points_of_x) <= 8 else ticks(left, right):
         pen.line((*at(tick, low), *at(tick, high)), '#DDDDDD', 2)
-        pen.text((at(tick, low)[0], 1076), f'{tick:.4g}', 'black', font, anchor='mt')
+        pen.text((at(tick, low)[0], bottom + 16), f'{tick:.4g}', 'black', font, anchor='mt')
     for tick in ticks(low, high):
         pen.line((*at(left, tick), *at(right, tick)), '#DDDDDD', 2)
         pen.text((114, at(left, tick)[1]), f'{tick:.4g}', 'black', font, anchor='rm')
     pen.line((at(left, high), at(left, low), at(right, low)), 'black', 4)
-    pen.text((at((left + right) / 2, low)[0], 1180), names[0], 'black', font, anchor='mb')
+    pen.text((at((left + right) / 2, low)[0], height - 20), names[0], 'black', font, anchor='mb')
     pen.text((20, top - 40), names[1], 'black', font, anchor='lm')
     for i, (text, (x, y, *bars)) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
-        beside = min(22, 110 / len(lines)) if bars else 0   # marks and bars side by side, or they hide each other
+        beside = min(22, 110 / len(lines)) if bars else 0   # side by side, or they hide each other's marks and bars
         shift = beside * (i - (len(lines) - 1) / 2)
         points = [(at(*point)[0] + shift, at(*point)[1]) for point in zip(x, y)]
         start, middle = 20 + i % 3 * 525, 50 + i // 3 * 50   # of the legend: above the axes, where no line can be
-        pen.line([at(*point) for point in zip(x, y)], colour, 8, joint='curve')
+        pen.line(points, colour, 8, joint='curve')
         for (across, _), lowest, highest in zip(points, *bars) if bars else []:
             pen.line((across, at(left, lowest)[1], across, at(left, highest)[1]), colour, 6)
-        pen.line((start, middle, start + 60, middle), colour, 8)
-        for point in [*points, (start + 30, middle)] if len(points) <= 20 else []:
+        if legend:
+            pen.line((start, middle, start + 60, middle), colour, 8)
+            pen.text((start + 76, middle), text, 'black', font, anchor='lm')
+        for point in [*points, *[(start + 30, middle)] * legend] if len(points) <= 20 else []:
             mark(*point, i, colour)
-        pen.text((start + 76, middle), text, 'black', font, anchor='lm')
-    image.reduce(2).save(path)
+    return image.reduce(2)
 
 
 def draw_precision_recall(precision: np.ndarray, path: str) -> None:
@@ -537,7 +542,7 @@ def draw_precision_recall(precision: np.ndarray, path: str) -> None:
     curves = {'IoU 0.5': of_ious[0], 'IoU 0.75': of_ious[5], 'mean of 0.5-0.95': of_ious.mean(0)}
     recall = np.linspace(0, 1, precision.shape[1])
     draw_lines({f'{name}: AP {curve.mean():.3f}': (recall, curve) for name, curve in curves.items()},
-               ('recall', 'precision'), path, limits=((0, 1), (0, 1)))
+               ('recall', 'precision'), limits=((0, 1), (0, 1))).save(path)
 
 
 # --- The toy of matchers.py and the curves of losses.py, drawn ------------------------------------------------------
@@ -661,21 +666,23 @@ MEASURES = 'AP', 'AP50', 'duplicates'
 FINER_MEASURES = 'AP75', 'oLRP', 'oLRP_Loc', 'oLRP_FP', 'oLRP_FN'
 
 
-def compare(folders: list[str], picture: str | None = None, unstable: str | None = None) -> None:
-    """Print the results of several runs, and draw their AP over the steps (Group DETR Fig. 1, H-DETR Fig. 4), and of
-    those with --unstable the last unstable scores over the layers (Stable-DINO Fig. 3).
+class Run(NamedTuple):
+    """What --compare reads in a folder of train.py."""
+    folder: Path
+    evaluations: list[dict]   # of metrics.jsonl
+    speed: float              # images per second, the median in training
 
-    Folders whose names differ only in a number after the last '-' are repetitions: a row and a line of their means.
-    Raises UserError if a folder holds no evaluated run or is given twice, or if repetitions lie in different places or
-    were evaluated at different steps.
+
+def read_runs(folders: list[str]) -> dict[str, list[Run]]:
+    """-> name -> its runs. Folders whose names differ only in a number after the last '-' are repetitions, NAME-1 and
+    NAME-2 of NAME. Raises UserError if a folder holds no evaluated run or is given twice, or if repetitions lie in
+    different places, were evaluated at different steps, or, by their checkpoints, have the same seed or differ in more.
     """
     if len(set(map(Path, folders))) < len(folders):
         raise UserError('--compare: one of the folders is given twice')
-    places: dict[str, Path] = {}   # name -> where its repetitions are
-    runs: dict[str, list[list[dict]]] = {}   # name -> repetitions -> evaluations
-    speeds: dict[str, list[float]] = {}
-    for folder in folders:
-        file = Path(folder) / 'metrics.jsonl'
+    runs: dict[str, list[Run]] = {}
+    for folder in map(Path, folders):
+        file = folder / 'metrics.jsonl'
         if not file.is_file():
             raise UserError(f'{file} does not exist: --compare takes folders of train.py')
         records = read_metrics(file)
@@ -683,55 +690,96 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         for record in evaluations:
             if not all(isinstance(record.get(key), (int, float)) for key in (*MEASURES, *FINER_MEASURES)):
                 raise UserError(f'{file}: the evaluation of step {record["step"]} lacks a number')
-        name = re.sub(r'-\d+$', '', Path(folder).name)   # NAME-ema and NAME-plain are no seeds of NAME
-        if places.setdefault(name, Path(folder).parent) != Path(folder).parent:
-            raise UserError(f'{folder}: would count as a repetition of {name} in {places[name]}')
-        runs.setdefault(name, []).append(evaluations)
         logged = [record['images_per_second'] for record in records if 'images_per_second' in record]
         if not all(isinstance(speed, (int, float)) for speed in logged):
             raise UserError(f'{file}: an images_per_second is no number')
-        speeds.setdefault(name, []).append(np.median(logged) if logged else math.nan)
-    lines, of_layers = {}, {}   # what is drawn: name -> (x, mean, lowest, highest)
-    finer = []   # the second table
-    print(f'| run | seeds | steps | {" | ".join(MEASURES)} | images/s |\n|---|---|---|---|---|---|---|')
+        name = re.sub(r'-\d+$', '', folder.name)   # NAME-ema and NAME-plain are no seeds of NAME
+        runs.setdefault(name, []).append(Run(folder, evaluations, np.median(logged) if logged else math.nan))
     for name, repetitions in runs.items():
+        first = repetitions[0]
+        for run in repetitions:
+            if run.folder.parent != first.folder.parent:
+                raise UserError(f'{run.folder}: would count as a repetition of {name} in {first.folder.parent}')
         # A mean over seeds is one of the same steps, at the end and at every point of a curve.
-        steps = [record['step'] for record in repetitions[0]]
-        if not steps or any([record['step'] for record in run] != steps for run in repetitions):
+        steps = [[record['step'] for record in run.evaluations] for run in repetitions]
+        if not steps[0] or any(x != steps[0] for x in steps):
             raise UserError(f'{name}: its runs have no evaluations, or not at the same steps')
-        last = [run[-1] for run in repetitions]
+        checkpoints = [run.folder / 'checkpoint.pt' for run in repetitions]
+        if len(checkpoints) > 1 and all(file.is_file() for file in checkpoints):
+            check_seeds({str(file): read_checkpoint(str(file)).get('settings') for file in checkpoints})
+    return runs
+
+
+def check_seeds(settings: dict[str, dict]) -> None:
+    """Raises UserError if these settings, by file, are not those of one training with different seeds."""
+    (first, wanted), *others = settings.items()
+    seeds = {}
+    for file, found in settings.items():
+        if not isinstance(found, dict):
+            raise UserError(f'{file}: has no settings')
+        if found.get('seed') in seeds:
+            raise UserError(f'{file}: has the seed {found.get("seed")} of {seeds[found.get("seed")]}, which is no '
+                            'repetition')
+        seeds[found.get('seed')] = file
+        for name in wanted | found:
+            if name not in ('seed', 'out', 'init', 'unstable') and wanted.get(name) != found.get(name):
+                raise UserError(f'{file}: is no repetition of {first}: {flag(name)} is {found.get(name)}, there '
+                                f'{wanted.get(name)}')
+
+
+def compare(folders: list[str], picture: str | None = None, unstable: str | None = None) -> None:
+    """Print the results of several runs (`read_runs`), and draw their AP over the steps (Group DETR Fig. 1, H-DETR
+    Fig. 4), and of those with --unstable the last unstable scores over the layers (Stable-DINO Fig. 3). Repetitions
+    are one row, and one line, of their means.
+
+    Raises UserError also if the runs have no unstable scores to draw, or repetitions of different decoders.
+    """
+    lines, of_layers = {}, {}   # what is drawn: name -> (x, mean, lowest, highest)
+    rows, finer_rows = [], []
+    for name, repetitions in read_runs(folders).items():
+        last = [run.evaluations[-1] for run in repetitions]
         cells = {}
         for key in (*MEASURES, *FINER_MEASURES):
             values = [record[key] for record in last]
-            cells[key] = f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})'
-        print(f'| {name} | {len(last)} | {steps[-1]} | {" | ".join(cells[key] for key in MEASURES)} | '
-              f'{np.mean(speeds[name]):.1f} |')
-        finer.append(f'| {name} | {" | ".join(cells[key] for key in FINER_MEASURES)} |')
-        ap = np.array([[record['AP'] for record in run] for run in repetitions])
-        lines[name] = steps, ap.mean(0), ap.min(0), ap.max(0)
-        # A run that was trained without --unstable has a row, but no line.
-        if unstable and all(record.get('unstable') for record in last):
+            # -1 is COCO's mark for no number at all, as the localization error of a run without a hit.
+            cells[key] = f'{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})' if min(values) >= 0 else '-'
+        speed = np.mean([run.speed for run in repetitions])
+        rows.append(f'| {name} | {len(last)} | {last[0]["step"]} | {" | ".join(cells[key] for key in MEASURES)} | '
+                    f'{speed:.1f} |')
+        finer_rows.append(f'| {name} | {" | ".join(cells[key] for key in FINER_MEASURES)} |')
+        ap = np.array([[record['AP'] for record in run.evaluations] for run in repetitions])
+        lines[name] = [record['step'] for record in repetitions[0].evaluations], ap.mean(0), ap.min(0), ap.max(0)
+        if unstable and not all(record.get('unstable') for record in last):
+            print(f'{name}: was trained without --unstable, so it is not in {unstable}')
+        elif unstable:
             if len({len(record['unstable']) for record in last}) > 1:
                 raise UserError(f'{name}: its runs differ in the number of decoder layers')
             scores = np.array([record['unstable'] for record in last])
             of_layers[name] = range(1, scores.shape[1] + 1), scores.mean(0), scores.min(0), scores.max(0)
     if unstable and not of_layers:
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
-    print(f'\n| run | {" | ".join(FINER_MEASURES)} |\n|---|---|---|---|---|---|', *finer, sep='\n')
+    print(f'| run | seeds | steps | {" | ".join(MEASURES)} | images/s |', '|---' * 7 + '|', *rows, sep='\n')
+    print(f'\n| run | {" | ".join(FINER_MEASURES)} |', '|---' * 6 + '|', *finer_rows, sep='\n')
     print('\nmean (lowest-highest) over the seeds; images/s: mean over the seeds of the median in training,\nwhich '
           'compares only runs on a machine that was as busy')
-    if picture:   # from the first evaluation on: the differences at the end are small
-        every_step = np.concatenate([line[0] for line in lines.values()])
-        every_ap = np.concatenate([ap for line in lines.values() for ap in line[1:]])
-        draw_lines(lines, ('steps', 'AP'), picture, (with_margin(every_step, 1), with_margin(every_ap, 1e-3)))
+    if picture:
+        def limits(lines):   # from the first evaluation on: the differences at the end are small
+            return (with_margin(np.concatenate([line[0] for line in lines.values()]), 1),
+                    with_margin(np.concatenate([ap for line in lines.values() for ap in line[1:]]), 1e-3))
+        panels = [draw_lines(lines, ('steps', 'AP'), limits(lines))]
+        reference, (steps, mean, *_) = next(iter(lines.items()))
+        if len(lines) > 1 and all(x == steps for x, *_ in lines.values()):
+            less = {name: (x, *(ap - mean for ap in aps)) for name, (x, *aps) in lines.items()}
+            panels.append(draw_lines(less, ('steps', f'AP, less the mean of {reference}'), limits(less), 900, False))
+        save_grid([[v2.functional.pil_to_tensor(panel)] for panel in panels], picture)
         print(f'picture: {picture}')
     if unstable:
         for name, (layers, scores, *_) in of_layers.items():
             print(f'{name}: unstable score of layer 1 to {len(layers)}: {", ".join(f"{x:.1f} %" for x in scores)}')
         most_layers = max(len(layers) for layers, *_ in of_layers.values())
         highest = max(scores.max() for *_, scores in of_layers.values())
-        draw_lines(of_layers, ('decoder layer', 'unstable score, %'), unstable,
-                   (with_margin((1, most_layers), 1), (0, with_margin((0, highest), 1e-3)[1])))
+        draw_lines(of_layers, ('decoder layer', 'unstable score, %'),
+                   (with_margin((1, most_layers), 1), (0, with_margin((0, highest), 1e-3)[1]))).save(unstable)
         print(f'picture: {unstable}')
 
 
@@ -1225,17 +1273,17 @@ def main(argv: list[str] | None = None) -> None:
     size = args.image_size or settings.get('image_size', 800)
     # A run with --overfit is judged by the images it saw, unless asked otherwise.
     as_overfit = settings.get('overfit') and not args.data and not args.split
-    dataset = open_dataset(data, 'train' if as_overfit else args.split or 'val', size, seed=settings.get('seed', 0))
+    split = 'train' if as_overfit else args.split or 'val'
+    dataset = open_dataset(data, split, size, seed=settings.get('seed', 0))
     if as_overfit:
         dataset = FirstImages(dataset, settings['overfit'])
-        print(f'the {len(dataset)} images it was trained on:')
     model.to(args.device)
     ids = ids_for(categories, dataset, model.num_classes)
     if args.image >= len(dataset):
         raise UserError(f'--image {args.image}: there are the images 0 to {len(dataset) - 1}')
     batch_size = args.batch_size or settings.get('batch_size', 2)
     print(f'{args.weights}, group {args.group}{f", NMS at {args.nms}" * (args.nms is not None)}, on {len(dataset)} '
-          f'images of {data}')
+          f'images of {data}, {split}{" (those it was trained on)" * bool(as_overfit)}')
     rows = detect(model, dataset, ids, batch_size=batch_size, workers=args.workers, nms=args.nms, group=args.group)
     if args.save_json:
         results = [{'image_id': int(image_id), 'category_id': int(category_id), 'bbox': bbox, 'score': score}

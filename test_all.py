@@ -808,7 +808,7 @@ class TestMatching(unittest.TestCase):
                 first += len(labels[b])
 
     def test_cost_by_hand(self):
-        logits, gt = torch.tensor([[[0.0, 2.0]]]), torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.4, 0.5, 0.2, 0.4]])
+        logits, gt = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.4, 0.5, 0.2, 0.4]])
         cost = matching_cost(logits, torch.tensor([[[0.4, 0.5, 0.2, 0.4]]]), torch.tensor([1, 1]), gt)
         p = 1 / (1 + math.exp(-2))
         class_cost = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p ** 2 * -math.log(1 - p)
@@ -962,17 +962,23 @@ class TestExercises(unittest.TestCase):
                             '0 to 4 and ground truths 0 and 1: are the two results exchanged? A column of the repeated '
                             'matrix stands for a ground truth: j % M if the columns were tiled, j // K if each was '
                             'repeated on the spot')
-            self.assertEqual(len(set(query)), len(query), what + 'A query is in two pairs')
+            self.assertEqual(len(set(query)), len(query), what + 'A query is in two pairs, but it has one box and '
+                             f'answers for one object: wanted are pairs like {wanted}, each query once')
             self.assertEqual(sorted(gt), sorted([0, 1] * copies), what + f'Each ground truth has to get {copies}')
             paid, least = (sum(float(cost[pair]) for pair in pairs) for pairs in (zip(query, gt), wanted))
             self.assertEqual(paid, least, what + f'They cost {paid:g} in sum, and {wanted} only {least:g}. Always '
                              'taking the cheapest that is left, or matching one copy after the other, does not find '
                              'it; nor does a column read as the wrong ground truth: j % M if they were tiled')
-        query, gt = one_to_many(torch.zeros(3, 0), 2)
+        query, gt = self.attempt('an image without objects, cost (3, 0)', one_to_many, torch.zeros(3, 0), 2)
         self.assertEqual((query.dtype, gt.dtype, len(query), len(gt)), (torch.int64, torch.int64, 0, 0),
                          'an image without objects has no pairs: two empty int64 tensors')
-        query, gt = one_to_many(torch.rand(4, 3), 2)
+        crowded = torch.tensor([[1.0, 2, 9], [1, 3, 9], [2, 8, 7], [1, 9, 8]])
+        query, gt = self.attempt('6 wishes and 4 queries: the 4 cheapest pairs', one_to_many, crowded, 2)
         self.assertEqual(sorted(query.tolist()), [0, 1, 2, 3], '6 wishes and 4 queries: all 4 are matched, each once')
+        self.assertLessEqual(max(gt.tolist().count(j) for j in range(3)), 2, '2 copies, so no ground truth has more '
+                             f'than 2 queries, also where there are too few of these: yours are {gt.tolist()}')
+        self.assertEqual(float(crowded[query, gt].sum()), 8, '6 wishes and 4 queries: of all ways to match the 4, the '
+                         'cheapest costs 2 + 3 + 2 + 1')
 
     def test_2_matching_cost(self):
         """matchers.matching_cost with the default Cost(): one query, then the parts of its cost one by one."""
@@ -988,8 +994,9 @@ class TestExercises(unittest.TestCase):
                    + '; inf or nan: GIoU needs corners' * (not finite))
         p = 1 / (1 + math.exp(-2))
         class_cost = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p ** 2 * -math.log(1 - p)
-        self.close(cost([[[2.0, 0.0]]]), [[[2 * class_cost - 2]]], f'the same with a score of {p:.3f}: is it a '
-                   'sigmoid, is p in one focal term and 1-p in the other, each squared?')
+        self.close(cost([[[2.0, 1.0]]]), [[[2 * class_cost - 2]]], f'the same with a score of {p:.3f}, the sigmoid of '
+                   '2, whatever the logits of other classes are (no softmax): is p in one focal term and 1-p in the '
+                   'other, each squared?')
         self.assertLess(float(cost([[[0.0, 3.0]]], label=1)), float(cost([[[0.0, 3.0]]], label=0)), 'the class part is '
                         "that of the ground truth's own class: a query sure of class 1 must be cheaper for a 1 than "
                         'for a 0')
@@ -1044,15 +1051,16 @@ class TestExercises(unittest.TestCase):
         torch.manual_seed(0)
         attention, (content, position) = hybrid_detr.GroupSelfAttention(16, 2, 0.0), torch.randn(2, 2, 9, 16)
         hints = {(3, 3, 3): 'An answer (B,N,D) for each query; here three groups of 3',
-                 (4, 5): 'groups (4, 5): their sizes may differ',
-                 (3, 2): 'groups (3, 2) and 2 denoising groups of 2: what the sizes leave over are denoising queries'}
+                 (4, 5): 'groups (4, 5): their sizes may differ'}
 
         def moved(groups, query, which=0, denoising=0):   # how far each query moves if this one is changed
             inputs = [content.clone(), position.clone()]
-            before = self.attempt(hints[groups], attention, *inputs, groups, denoising)
+            hint = hints.get(groups, f'groups {groups}, then {denoising} denoising groups: what the sizes leave over '
+                             'of the 9 queries are denoising queries')
+            before = self.attempt(hint, attention, *inputs, groups, denoising)
             self.assertTrue(torch.equal(inputs[0], content) and torch.equal(inputs[1], position), 'forward changed its '
                             'inputs: write x = x + y, not x += y')
-            self.assertEqual(tuple(before.shape), (2, 9, 16), f'{hints[groups]}: an answer for each query of the row')
+            self.assertEqual(tuple(before.shape), (2, 9, 16), f'{hint}: an answer for each query of the row')
             inputs[which][:, query] += 1
             return (attention(*inputs, groups, denoising) - before).abs().amax((0, 2))
         with torch.no_grad():
@@ -1068,14 +1076,19 @@ class TestExercises(unittest.TestCase):
                            evaluation.published_self_attention(attention, content, position, groups),
                            f'groups {groups}: not the numbers of one attention with a mask. Position added to query '
                            'and key, not to the value? Scale by the width of one head? Biases, out_proj at the end?')
-            for query, seen_by, why in (
-                    (0, [0, 1, 2, 5, 6, 7, 8], "group one sees it, and all denoising queries see the detector's"),
-                    (3, [3, 4], 'denoising queries see the first group only'),
-                    (5, [5, 6], 'no query sees a denoising group but its own members: they know the answer')):
-                found = (moved((3, 2), query, denoising=2) > 1e-6).nonzero().flatten().tolist()
-                self.assertEqual(found, seen_by, f'{why}. Row: groups of 3 and 2 queries, then two denoising groups of '
-                                 f'2. Query {query} was changed, and these moved:\n    yours  {found}\n    wanted '
-                                 f'{seen_by}')
+            first = "group one sees it, and all denoising queries see the detector's"
+            later = 'denoising queries see the first group only'
+            answers = 'no query sees a denoising group but its own members: they know the answer'
+            for groups, X, query, seen_by, why in (
+                    ((3, 2), 2, 0, [0, 1, 2, 5, 6, 7, 8], first), ((3, 2), 2, 3, [3, 4], later),
+                    ((3, 2), 2, 5, [5, 6], answers),
+                    ((5,), 2, 0, list(range(9)), first), ((5,), 2, 5, [5, 6], answers),
+                    ((3, 3), 1, 0, [0, 1, 2, 6, 7, 8], first), ((3, 3), 1, 3, [3, 4, 5], later),
+                    ((3, 3), 1, 6, [6, 7, 8], answers)):
+                found = (moved(groups, query, denoising=X) > 1e-6).nonzero().flatten().tolist()
+                self.assertEqual(found, seen_by, f'{why}. Row: groups {groups}, then {X} denoising groups of '
+                                 f'{(9 - sum(groups)) // X}. Query {query} was changed, and these moved:\n    yours  '
+                                 f'{found}\n    wanted {seen_by}')
 
     def test_5_matchability_aware_loss(self):
         """losses.MATCHED['mal'] and losses.BACKGROUND['mal']: DEIM slides, Eq. 3, with an exponent g."""
@@ -1140,7 +1153,8 @@ class TestExercises(unittest.TestCase):
             found = self.attempt('set_loss returns the class, L1 and GIoU loss and the IoU of every pair; gt counts '
                                  f'through the batch, here 0 to 2. This case, {len(pairs)} pairs: {why}',
                                  losses.set_loss, logits, boxes, labels, gt, matches, groups, num_boxes)
-            self.assertEqual(len(found), 4, 'return the class, L1 and GIoU loss and the IoU of every pair')
+            self.assertTrue(isinstance(found, tuple) and len(found) == 4, 'return the class, L1 and GIoU loss and the '
+                            'IoU of every pair')
             return found
 
         def by_hand(pairs, groups, num_boxes=3.0):
@@ -1250,7 +1264,8 @@ class TestExercises(unittest.TestCase):
                                 'of 128 pixels has 336 tokens to choose them from')
                 self.assertTrue(all(len(group.copies) == layers and all(isinstance(k, int) and k >= 0 for k in
                                                                         group.copies) for group in groups),
-                                f'{what}copies are whole numbers, as many as layers')
+                                f'{what}copies are whole numbers, {layers}, as many as layers; here they are '
+                                f'{[group.copies for group in groups]}')
                 self.assertTrue(groups[0].weight > 0 and all(group.weight >= 0 and not group.denoising for group in
                                                              groups), f'{what}the detector weighs something, no group '
                                 'less than 0, and none is a denoising group')
@@ -2644,13 +2659,21 @@ class TestMeasures(unittest.TestCase):
         self.assertIn('| one2one | 1 | 20 | 0.300 (0.300-0.300) |', printed.getvalue())
         self.assertIn('| 0.300 (0.300-0.300) | 0.500 (0.400-0.600) |\n| one2one | 0.500', printed.getvalue(),
                       'oLRP_FP and oLRP_FN of group, in the second table')
-        image = np.array(Image.open(folder / 'curves.png').convert('RGB')).astype(int)
-        column = np.abs(image[100:, round((130 + 1420 * 0.5) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # between the steps
-        height = (1060 - 2 * (column.nonzero()[0] + 100).mean()) / 890   # of an axis from 0.1 to 0.6, and margins
+        picture = np.array(Image.open(folder / 'curves.png').convert('RGB')).astype(int)
+        upper, lower = picture[100:600], picture[608:]   # 100: below the legend, which has the same colours
+
+        def rows(panel, x, colour, shift):   # of a colour above x, from 0 to 1 along the axis; shift: side by side
+            column = panel[:, round((130 + 1420 * x + shift) / 2)]
+            return (np.abs(column - colour).sum(1) < 30).nonzero()[0]
+        blue, orange = [0, 0x72, 0xB2], [0xD5, 0x5E, 0]
+        height = (1060 - 2 * (rows(upper, 0.5, blue, -11) + 100).mean()) / 890   # axis from 0.1 to 0.6, and margins
         self.assertAlmostEqual(0.1 - 0.05 * 0.5 + height * 1.1 * 0.5, (0.15 + 0.5) / 2, delta=0.01, msg='of the means')
-        bar = np.abs(image[100:, round((130 + 1420 * 1.05 / 1.1 - 11) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30
-        heights = (1060 - 2 * (bar.nonzero()[0][[-1, 0]] + 100)) / 890   # of group's spread at the last step
+        bar = rows(upper, 1.05 / 1.1, blue, -11)
+        heights = (1060 - 2 * (bar[[-1, 0]] + 100)) / 890   # of group's spread at the last step
         np.testing.assert_allclose(0.075 + heights * 0.55, (0.4, 0.6), atol=0.01)
+        height = (760 - 2 * rows(lower, 0.5, orange, 11).mean()) / 640   # axis from -0.2 to 0.15, and margins
+        self.assertAlmostEqual(-0.2 - 0.05 * 0.35 + height * 1.1 * 0.35, (0.15 - 0.2) / 2, delta=0.01,
+                               msg="one2one's 0.3 and 0.3, less group's means of 0.15 and 0.5")
         shutil.copytree(runs[0], folder / 'group-plain')
         with quiet() as printed:
             evaluation.main(['--compare', *runs, str(folder / 'group-plain')])
@@ -2661,15 +2684,28 @@ class TestMeasures(unittest.TestCase):
                                (str(folder / 'elsewhere' / 'group-2'), 'a repetition of group')):
             with self.assertRaisesRegex(data.UserError, message), quiet():
                 evaluation.main(['--compare', runs[0], other])
+        for folder_, settings in (('group-0', {'seed': 0, 'lr': 1}), ('group-1', {'seed': 1, 'lr': 1})):
+            torch.save({'model': {}, 'settings': settings}, folder / folder_ / 'checkpoint.pt')
+        with quiet():
+            evaluation.main(['--compare', *runs])
+        for settings, message in (({'seed': 0, 'lr': 1}, 'group-1.*: has the seed 0 of .*group-0'),
+                                  ({'seed': 1, 'lr': 2}, 'is no repetition of .*: --lr is 2, there 1'),
+                                  (None, 'has no settings')):
+            torch.save({'model': {}, 'settings': settings}, folder / 'group-1' / 'checkpoint.pt')
+            with self.assertRaisesRegex(data.UserError, message), quiet():
+                evaluation.main(['--compare', *runs])
+        (folder / 'group-1' / 'checkpoint.pt').unlink()   # then nobody can tell
         with self.assertRaisesRegex(data.UserError, 'none of the runs was trained with --unstable'), quiet():
             evaluation.main(['--compare', *runs, '--unstable-curves', str(folder / 'layers.png')])
         for name, scores in (('one2one-0', [60, 30, 10]), ('one2one-1', [40, 30, 20])):
             (folder / name).mkdir(exist_ok=True)
             (folder / name / 'metrics.jsonl').write_text(json.dumps({
-                'step': 10, 'AP': 0.5, 'AP50': 0.5, **others, 'unstable': scores}) + '\n')
+                'step': 10, 'AP': 0.5, 'AP50': 0.5, **others, 'oLRP_Loc': -1, 'unstable': scores}) + '\n')
         with quiet() as printed:
-            evaluation.main(['--compare', str(folder / 'one2one-0'), str(folder / 'one2one-1'), '--unstable-curves',
-                             str(folder / 'layers.png')])
+            evaluation.main(['--compare', str(folder / 'one2one-0'), str(folder / 'one2one-1'), runs[0],
+                             '--unstable-curves', str(folder / 'layers.png')])
+        self.assertIn('group: was trained without --unstable', printed.getvalue())
+        self.assertIn('| 0.700 (0.700-0.700) | - | 0.300', printed.getvalue(), 'a mark for no number has no mean')
         self.assertIn('one2one: unstable score of layer 1 to 3: 50.0 %, 30.0 %, 15.0 %', printed.getvalue())
         image = np.array(Image.open(folder / 'layers.png').convert('RGB')).astype(int)
         column = np.abs(image[100:, round((130 + 1420 * 1 / 2) / 2)] - [0, 0x72, 0xB2]).sum(1) < 30   # at layer 2 of 3
@@ -2847,7 +2883,8 @@ class TestCommands(unittest.TestCase):
             records = [json.loads(line) for line in (self.root / out / 'metrics.jsonl').read_text().splitlines()]
             self.assertGreater(records[-1]['AP50'], 0.6, f'{out} does not detect what it was trained on')
             self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.6, f'{out}, mean of 14 steps')
-            self.assertEqual('--cls-loss' in printed, scheme in train.PRESETS, 'what a preset changes is printed')
+            self.assertEqual('(a preset of one2one)' in printed and '--cls-loss' in printed, scheme in train.PRESETS)
+            self.assertEqual('at the end of training (1, 1)' in printed, scheme == 'epoch')
 
     def test_every_pair_of_switches_trains(self):
         """All pairs of (loss, cost, fusion, scheme, denoising) occur in one of 36 runs of 2 steps."""

@@ -634,15 +634,18 @@ def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
     """Print the scheme's row of the table, what it promises, and what a preset or flags change beside it."""
     row = row_of(settings)
     groups = query_groups(layers=layers, **row)
-    print(f'  scheme {row["scheme"]}:', *(flag(name, f'{row[name]:g}') for name in ROW_NUMBERS if name in row))
+    preset_of = f' (a preset of {row["scheme"]})' * (settings['scheme'] in PRESETS)
+    print(f'  scheme {settings["scheme"]}{preset_of}:',
+          *(flag(name, f'{row[name]:g}') for name in ROW_NUMBERS if name in row))
     plain = complete({'scheme': row['scheme'], 'model': settings['model'], 'data': settings['data']})
     changed = [name for name in settings if name not in ('scheme', 'out', 'steps', 'epochs', *ROW_NUMBERS)
                and settings[name] != plain.get(name)]
     if changed:
         print('  other than its defaults:', *(flag(name, settings[name]) for name in changed))
-    for group in dict.fromkeys(groups):   # equal groups once
+    at_the_end = query_groups(layers=layers, progress=1.0, **row)
+    for group, last in dict.fromkeys(zip(groups, at_the_end)):   # equal groups once
         print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
-              f'{group.copies}, weight {group.weight:.3g}')
+              f'{group.copies}{f", at the end of training {last.copies}" * (last != group)}, weight {group.weight:.3g}')
     each = expected_positives(layers=layers, epochs=1, **row)   # of `epoch` the mean over the training
     print(f'  positives of a ground truth: {each:.3g} an epoch, {each * epochs:.4g} in the whole training'
           + ', denoising queries not counted' * (settings['denoising'] > 0))
