@@ -7,7 +7,7 @@
     python eval.py --weights runs/group/checkpoint.pt --unstable 20            does the matching change between layers?
     python eval.py --weights runs/group/checkpoint.pt --matches matches.png    who answers for whom, in every scheme
     python eval.py --weights official.pth --data COCO                          a checkpoint of HDETR/H-Deformable-DETR
-    python eval.py --compare runs/a-1 runs/a-2 runs/b-1 --curves curves.png    several runs in one table and one picture
+    python eval.py --compare runs/a-1 runs/a-2 runs/b-1 --curves curves.png    several runs in tables and a picture
     python eval.py --figures DIR                                               the schemes and losses as pictures
     python eval.py --benchmark                                                 time and memory of all schemes
 
@@ -58,16 +58,21 @@ METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
 
 # --- Checkpoints ----------------------------------------------------------------------------------------------------
 
-def read_checkpoint(path: str) -> dict:
-    """The content of a checkpoint file, as data: no code in it is run. Raises UserError if it cannot be read."""
+def read_file(path: str):
+    """What torch.save wrote, as data: no code in it is run. Raises UserError if it cannot be read."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):   # in which official files hold their settings
-            content = torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'checkpoint {path} does not exist') from None
     except Exception as error:   # a damaged file, or one with code in it, can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f'{path} is no readable checkpoint: {reason}') from None
+
+
+def read_checkpoint(path: str) -> dict:
+    """The content of a checkpoint with usable weights. Raises UserError if the file cannot be read, or has none."""
+    content = read_file(path)
     # Sparse, quantized and meta tensors load, too, but are no weights.
     model = content.get('model') if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(
@@ -472,17 +477,15 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
     save_grid([pictures[:2], pictures[2:]], path)
 
 
-def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple | None = None, height: int = 1200,
+def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple, height: int = 1200,
                legend: bool = True) -> Image.Image:
     """A picture of lines {text: (x values, y values)}; names and limits (low, high): of the x and y axis. Lines of few
     points have a mark at each, another one for each line, so that grey print tells them apart, too. {text: (x, y,
-    lowest, highest)} adds a bar at each point, from the lowest to the highest; such lines stand side by side, up to 22
-    pixels beside their x values."""
+    lowest, highest)} adds a bar at each point, from the lowest to the highest; such lines stand side by side, by less
+    than 30 of the picture's 800 pixels."""
     image = Image.new('RGB', (1600, height), 'white')   # twice the final size, for smooth lines
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=40)
     top, bottom = 120 + 50 * math.ceil(len(lines) / 3) * legend, height - 140
-    # 1e-3: an axis of zeros would have no scale.
-    limits = limits or [(0, max(1e-3, *(max(values[axis]) for values in lines.values()))) for axis in (0, 1)]
     (left, right), (low, high) = limits
 
     def at(x, y):
@@ -502,10 +505,12 @@ def draw_lines(lines: dict[str, tuple], names: tuple[str, str], limits: tuple | 
             pen.ellipse((x - r, y - r, x + r, y + r), colour, 'white', 3)
 
     # Grid and axes, then the lines above them.
-    points_of_x = sorted({value for x, *_ in lines.values() for value in x})
-    for tick in points_of_x if len(points_of_x) <= 8 else ticks(left, right):
+    # The lines' own x values, where their texts have room beside each other.
+    own = sorted({value for x, *_ in lines.values() for value in x})
+    room = min((at(b, low)[0] - at(a, low)[0] for a, b in zip(own, own[1:])), default=1420)
+    for tick in own if room > 30 * len(f'{own[-1]:g}') else ticks(left, right):
         pen.line((*at(tick, low), *at(tick, high)), '#DDDDDD', 2)
-        pen.text((at(tick, low)[0], bottom + 16), f'{tick:.4g}', 'black', font, anchor='mt')
+        pen.text((at(tick, low)[0], bottom + 16), f'{tick:.6g}', 'black', font, anchor='mt')
     for tick in ticks(low, high):
         pen.line((*at(left, tick), *at(right, tick)), '#DDDDDD', 2)
         pen.text((114, at(left, tick)[1]), f'{tick:.4g}', 'black', font, anchor='rm')
@@ -705,32 +710,34 @@ def read_runs(folders: list[str]) -> dict[str, list[Run]]:
         if not steps[0] or any(x != steps[0] for x in steps):
             raise UserError(f'{name}: its runs have no evaluations, or not at the same steps')
         checkpoints = [run.folder / 'checkpoint.pt' for run in repetitions]
-        if len(checkpoints) > 1 and all(file.is_file() for file in checkpoints):
-            check_seeds({str(file): read_checkpoint(str(file)).get('settings') for file in checkpoints})
+        check_seeds([file for file in checkpoints if len(checkpoints) > 1 and file.is_file()])
     return runs
 
 
-def check_seeds(settings: dict[str, dict]) -> None:
-    """Raises UserError if these settings, by file, are not those of one training with different seeds."""
-    (first, wanted), *others = settings.items()
-    seeds = {}
-    for file, found in settings.items():
-        if not isinstance(found, dict):
-            raise UserError(f'{file}: has no settings')
-        if found.get('seed') in seeds:
-            raise UserError(f'{file}: has the seed {found.get("seed")} of {seeds[found.get("seed")]}, which is no '
-                            'repetition')
-        seeds[found.get('seed')] = file
-        for name in wanted | found:
-            if name not in ('seed', 'out', 'init', 'unstable') and wanted.get(name) != found.get(name):
-                raise UserError(f'{file}: is no repetition of {first}: {flag(name)} is {found.get(name)}, there '
-                                f'{wanted.get(name)}')
+def check_seeds(checkpoints: list[Path]) -> None:
+    """Raises UserError if these are not the checkpoints of one training with different seeds."""
+    seeds, wanted = {}, None
+    for file in checkpoints:
+        content = read_file(str(file))
+        found = content.get('settings') if isinstance(content, dict) else None
+        if not isinstance(found, dict) or not isinstance(found.get('seed'), int):
+            raise UserError(f'{file}: has no settings with a seed')
+        if found['seed'] in seeds:
+            raise UserError(f'{file}: has the seed {found["seed"]} of {seeds[found["seed"]]}, so it is no repetition')
+        seeds[found['seed']] = file
+        wanted = wanted or found
+        # Each seed may start from a backbone of its own, and --unstable only measures.
+        for name in sorted((wanted | found).keys() - {'seed', 'out', 'init', 'unstable'}):
+            if wanted.get(name) != found.get(name):
+                raise UserError(f'{file}: is no repetition of {checkpoints[0]}: {flag(name)} is {found.get(name)}, '
+                                f'there {wanted.get(name)}')
 
 
 def compare(folders: list[str], picture: str | None = None, unstable: str | None = None) -> None:
     """Print the results of several runs (`read_runs`), and draw their AP over the steps (Group DETR Fig. 1, H-DETR
-    Fig. 4), and of those with --unstable the last unstable scores over the layers (Stable-DINO Fig. 3). Repetitions
-    are one row, and one line, of their means.
+    Fig. 4), below it, where all were evaluated at the same steps, less the mean of the first of them, and of those with
+    --unstable the last unstable scores over the layers (Stable-DINO Fig. 3). Repetitions are one row, and one line, of
+    their means.
 
     Raises UserError also if the runs have no unstable scores to draw, or repetitions of different decoders.
     """
@@ -760,8 +767,8 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
     print(f'| run | seeds | steps | {" | ".join(MEASURES)} | images/s |', '|---' * 7 + '|', *rows, sep='\n')
     print(f'\n| run | {" | ".join(FINER_MEASURES)} |', '|---' * 6 + '|', *finer_rows, sep='\n')
-    print('\nmean (lowest-highest) over the seeds; images/s: mean over the seeds of the median in training,\nwhich '
-          'compares only runs on a machine that was as busy')
+    print('\nmean (lowest-highest) over the seeds, - if one of them has no such number; images/s: mean over the seeds '
+          'of the\nmedian in training, which compares only runs on a machine that was as busy')
     if picture:
         def limits(lines):   # from the first evaluation on: the differences at the end are small
             return (with_margin(np.concatenate([line[0] for line in lines.values()]), 1),
@@ -771,6 +778,8 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         if len(lines) > 1 and all(x == steps for x, *_ in lines.values()):
             less = {name: (x, *(ap - mean for ap in aps)) for name, (x, *aps) in lines.items()}
             panels.append(draw_lines(less, ('steps', f'AP, less the mean of {reference}'), limits(less), 900, False))
+        elif len(lines) > 1:
+            print(f'without a panel of differences from {reference}: not all were evaluated at the same steps')
         save_grid([[v2.functional.pil_to_tensor(panel)] for panel in panels], picture)
         print(f'picture: {picture}')
     if unstable:
@@ -1183,7 +1192,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group('comparison of runs, instead of an evaluation')
     group.add_argument('--compare', nargs='+', metavar='RUN',
                        help='folders of train.py, of which NAME-1, NAME-2, .. are seeds of one row')
-    group.add_argument('--curves', metavar='FILE', help='with --compare: draw AP over the steps to this PNG')
+    group.add_argument('--curves', metavar='FILE', help='with --compare: draw AP over the steps, and its '
+                       'difference from the first run, to this PNG')
     group.add_argument('--unstable-curves', metavar='FILE',
                        help='with --compare: draw the last unstable scores over the layers, of runs with --unstable')
     group = parser.add_argument_group('matching and losses by themselves, instead of an evaluation')

@@ -127,7 +127,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
     if rank == 0:
         print(f'{folder}: steps {start} to {steps} of {step_images} images on {device}{" in bfloat16" * amp}, '
               f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters')
-        describe_scheme(settings, len(model.decoder), epochs=steps / steps_per_epoch)
+        describe_scheme(settings, len(model.decoder), steps, epochs=steps / steps_per_epoch)
         if start >= steps:
             print('  this run is at its end: nothing is left to train')
         journal = Journal(folder / 'metrics.jsonl', start if checkpoint else None)
@@ -630,7 +630,7 @@ def restore(checkpoint: dict, model: HybridDETR, average: HybridDETR | None, opt
 
 # --- What a run writes and prints -----------------------------------------------------------------------------------
 
-def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
+def describe_scheme(settings: dict, layers: int, steps: int, epochs: float) -> None:
     """Print the scheme's row of the table, what it promises, and what a preset or flags change beside it."""
     row = row_of(settings)
     groups = query_groups(layers=layers, **row)
@@ -641,10 +641,10 @@ def describe_scheme(settings: dict, layers: int, epochs: float) -> None:
     changed = [name for name in settings if name not in ('scheme', 'out', 'steps', 'epochs', *ROW_NUMBERS)
                and settings[name] != plain.get(name)]
     if changed:
-        print('  other than its defaults:', *(flag(name, settings[name]) for name in changed))
-    at_the_end = query_groups(layers=layers, progress=1.0, **row)
-    for group, last in dict.fromkeys(zip(groups, at_the_end)):   # equal groups once
-        print(f'  {groups.count(group)} x {group.queries} queries, copies of a ground truth in each layer '
+        print(f'  other than the defaults of {row["scheme"]}:', *(flag(name, settings[name]) for name in changed))
+    groups = list(zip(groups, query_groups(layers=layers, progress=max(0, steps - 1) / max(1, steps), **row)))
+    for group, last in dict.fromkeys(groups):   # of the first and the last step; equal groups once
+        print(f'  {groups.count((group, last))} x {group.queries} queries, copies of a ground truth in each layer '
               f'{group.copies}{f", at the end of training {last.copies}" * (last != group)}, weight {group.weight:.3g}')
     each = expected_positives(layers=layers, epochs=1, **row)   # of `epoch` the mean over the training
     print(f'  positives of a ground truth: {each:.3g} an epoch, {each * epochs:.4g} in the whole training'
