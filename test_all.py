@@ -3593,8 +3593,10 @@ class TestKilled(unittest.TestCase):
                       '12', '--steps', '100000', '--eval-every', '20']   # saved every 50 steps
 
     def start(self, *flags, **environment):
-        process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *flags], env={**os.environ, **environment},
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        one_thread = {'OMP_NUM_THREADS': '1'}   # as in this process, or sums would differ in the last bits
+        process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *flags], text=True,
+                                   env={**os.environ, **one_thread, **environment}, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
         self.addCleanup(process.kill)
         return process
 
