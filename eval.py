@@ -174,7 +174,8 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
     boxes = boxes * torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device)[:, None]
     kept = []
     for s, c, b in zip(scores, columns, boxes):
-        # From 0 on, as batched_nms takes boxes to lie when it moves each class to a place of its own.
+        # b - b.min(): batched_nms tells classes apart by adding multiples of the largest coordinate to their boxes,
+        # which separates them only if none is negative.
         keep = slice(None) if nms is None else batched_nms(b - b.min(), s, c, nms)[:top]
         kept.append((s[keep], c[keep], b[keep]))
     return kept
@@ -838,8 +839,8 @@ def published_self_attention(self, content: Tensor, position: Tensor, groups, de
     """GroupSelfAttention.forward with one attention over the whole row and an (N,N) mask, as in H-DETR's code."""
     owner = torch.arange(len(groups), device=content.device).repeat_interleave(
         torch.tensor(groups).to(content.device, non_blocking=True), output_size=sum(groups))
-    # A True forbids: a query sees those of its own group only.
     q = (content + position).transpose(0, 1)
+    # In attn_mask a True forbids: a query sees those of its own group only.
     return F.multi_head_attention_forward(
         q, q, content.transpose(0, 1), q.shape[-1], self.heads, self.in_proj.weight, self.in_proj.bias, None, None,
         False, 0.0, self.out_proj.weight, self.out_proj.bias, attn_mask=owner[:, None] != owner)[0].transpose(0, 1)

@@ -288,7 +288,7 @@ class GroupSelfAttention(nn.Module):
         else:
             parts = [x[:, :matching].split(groups, 1) for x in (q, k, v)]                  # of each group (B, n, D)
             out = [self.attend(*of_group) for of_group in zip(*parts)]
-        if denoising_groups:   # below, X of them
+        if denoising_groups:   # X in the shapes below
             own_q, *own_kv = (x[:, matching:].unflatten(1, (denoising_groups, -1)) for x in (q, k, v))   # (B, X, R, D)
             first_kv = (x[:, None, :groups[0]].expand(-1, denoising_groups, -1, -1) for x in (k, v))     # (B, X, n, D)
             seen_kv = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own_kv, first_kv))             # (B*X, R+n, D)
@@ -392,7 +392,8 @@ class HybridDETR(nn.Module):
         # Every level gets the width D. Those beyond the backbone's three come from stride-2 convolutions, the first on
         # its last map, each later one on the level before.
         convolutions = [nn.Conv2d(c, width, 1) for c in channels[:levels]]
-        for c in [channels[-1], *[width] * levels][:levels - len(convolutions)]:
+        while len(convolutions) < levels:
+            c = channels[-1] if len(convolutions) == len(channels) else width
             convolutions.append(nn.Conv2d(c, width, 3, stride=2, padding=1))
         self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, width)) for conv in convolutions)
         self.level_embed = nn.Parameter(torch.empty(levels, width))
@@ -486,7 +487,7 @@ class HybridDETR(nn.Module):
         if noised is not None:
             content = torch.cat([content, self.denoising_content(noised.labels)], 1)                    # (B, N, D)
         # The predictions: second stage.
-        seen = sizes if self.separate_attention else (matching,)   # then all are one group
+        seen = sizes if self.separate_attention else (matching,)   # (matching,): all as one group
         pred_logits, pred_boxes = self.decode(boxes, content, position, seen, 0 if noised is None else noised.groups,
                                               tokens, where)
         # The encoder's are one more "layer", whose row holds the tokens of each group one after the other.
@@ -526,8 +527,9 @@ class HybridDETR(nn.Module):
         outputs, last = [tokens], len(self.encoder)
         for l, layer in enumerate(self.encoder, 1):
             tokens = self.call_layer(layer, tokens, where.position, reference, where.shapes, where.padding)
-            if self.fusion == 'ulike' and 2 * l > last:   # the second half
-                tokens = self.fusions[last - l](torch.cat([tokens, outputs[last - l]], -1))
+            inwards = last - l   # 0 at the last layer
+            if self.fusion == 'ulike' and inwards < last / 2:   # the second half
+                tokens = self.fusions[inwards](torch.cat([tokens, outputs[inwards]], -1))
             outputs.append(tokens)
         if self.fusion == 'simple':
             tokens = self.fusions[0](torch.cat([outputs[last], outputs[0]], -1))
@@ -594,7 +596,7 @@ class HybridDETR(nn.Module):
         pred_logits, pred_boxes = [], []
         # Fractions of the image -> of each level's padded map (see `encode`), for centre and size.
         ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                   # (B, 1, V, 4)
-        reference = previous = boxes   # the last boxes twice: without any gradient, and with that of one head
+        reference = previous = boxes   # equal in value always: `reference` has no gradient, `previous` that of one head
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
             in_maps = reference[:, :, None] * ratios                                                # (B, N, V, 4)
             content = self.call_layer(layer, content, position, groups, denoising_groups, in_maps, tokens, where.shapes,

@@ -160,7 +160,7 @@ def stable_target(iou: Tensor, score: Tensor, owner: Tensor, peak: Tensor | None
     in one layer and group (all denoising queries are one).
         'one'      1: better with 300 queries, and what the official code does with 900, too;
         'max-iou'  the largest IoU of any query of the owner with any ground truth (`largest_iou`): better with 900.
-                   Where f1(s) > s, this scales down.
+                   Where f1(s) > s, this may scale down.
     owner (P,) int64: which one a pair belongs to; peak: one number for each owner, or None without a rescale. Pairs
     that all have IoU 0 keep target 0.
     """

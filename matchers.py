@@ -263,7 +263,7 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
 
     far = torch.arange(2, device=boxes.device).view(2, 1, 1)   # 0 in the first half of a group, 1 in the second
     sign = torch.randint_like(boxes, 2) * 2 - 1
-    half = torch.cat([boxes[..., 2:]] * 2, -1) / 2                              # (w, h, w, h) / 2 (B, X, 2, m, 4)
+    half = torch.cat([boxes[..., 2:]] * 2, -1) / 2   # (w, h, w, h) / 2                            (B, X, 2, m, 4)
     corners = box_convert(boxes, 'cxcywh', 'xyxy') + sign * (torch.rand_like(boxes) + far) * half * box_noise
     # The corners as two rows (x, y), of which the smaller x and the smaller y come first.
     in_order = corners.clamp(0, 1).unflatten(-1, (2, 2)).sort(-2).values.flatten(-2)

@@ -1249,8 +1249,9 @@ class TestExercises(unittest.TestCase):
                              f'only: {sorted(names ^ set(schemes))}')
             for scheme, progress in itertools.product(schemes, (0.0, 0.5, 1.0)):
                 numbers, what = rows[scheme], f'{scheme} with the numbers of train.{table}, at {progress} of training: '
-                self.assertLessEqual(set(numbers), set(train.ROW_NUMBERS), f'{what}only {train.ROW_NUMBERS} have '
-                                     'flags, and others would not reach query_groups')
+                unknown = sorted(set(numbers) - set(train.ROW_NUMBERS))
+                self.assertFalse(unknown, f'{what}{unknown} would not reach query_groups: only {train.ROW_NUMBERS} '
+                                 'have flags')
                 shape = f'{what}return a list of QueryGroup, whose copies are a tuple with an entry for each layer'
                 groups = self.attempt(shape, query_groups, scheme, layers, progress, **numbers)
                 self.assertTrue(isinstance(groups, list) and groups and all(isinstance(g, QueryGroup) and isinstance(
@@ -2885,7 +2886,17 @@ class TestCommands(unittest.TestCase):
             self.assertGreater(records[-1]['AP50'], 0.6, f'{out} does not detect what it was trained on')
             self.assertGreater([r['matched_iou'] for r in records if 'loss' in r][-1], 0.6, f'{out}, mean of 14 steps')
             self.assertEqual('(a preset of one2one)' in printed and '--cls-loss' in printed, scheme in train.PRESETS)
-            self.assertEqual('at the end of training (1, 1)' in printed, scheme == 'epoch')
+            self.assertEqual('(2, 2) (at the end of training (1, 1)), weight 1\n' in printed, scheme == 'epoch')
+
+    def test_what_changes_with_time_is_printed(self):
+        def fading(scheme, layers, progress=0.0, n=0, **_):
+            return [QueryGroup(n, (1,) * layers), QueryGroup(8, (2,) * layers, weight=1 - progress)]
+
+        printed = io.StringIO()
+        with unittest.mock.patch.object(train, 'query_groups', fading), contextlib.redirect_stdout(printed):
+            train.describe_scheme(train.complete({'scheme': 'one2one', 'n': 5}), layers=2, steps=4, epochs=1)
+        self.assertIn('1 x 5 queries, copies of a ground truth in each layer (1, 1), weight 1\n', printed.getvalue())
+        self.assertIn('(2, 2), weight 1 (at the end of training 0.25)', printed.getvalue())
 
     def test_every_pair_of_switches_trains(self):
         """All pairs of (loss, cost, fusion, scheme, denoising) occur in one of 36 runs of 2 steps."""
@@ -3404,6 +3415,8 @@ class TestCommands(unittest.TestCase):
         (self.root / 'code.pt').write_bytes(b'not a checkpoint')
         run = ['--out', str(out), *SMALL, '--steps', '1']
         self.refuses('--scheme one2two: choose from', train.main, *run, '--scheme', 'one2two')
+        with unittest.mock.patch.dict(train.TINY_ROWS, half=dict(n=5)):   # a scheme that is half written
+            self.refuses("--scheme half: unknown scheme 'half': choose from", train.main, *run, '--scheme', 'half')
         self.refuses('unknown backbone', train.main, *run, '--model', 'vgg16')
         self.refuses('data folder .*nowhere', train.main, *run, '--data', str(self.root / 'nowhere'))
         self.refuses('--K 6 with --T 0', train.main, *run, '--scheme', 'branch', '--K', '6', '--T', '0')

@@ -55,9 +55,9 @@ TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine'
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048, decoder_layers=6)
 OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # losses whose released code differs from the paper
-# About 1 / (1 - decay) steps are averaged: 10,000 of the 440,000 of DEIM (its code; the warm-up is that of its
-# RT-DETRv2), 50 of the 600 of tiny. The key: is the model tiny?
-EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}
+# About 1 / (1 - decay) steps are averaged: 50 of the 600 of tiny (key True), 10,000 of the 440,000 of DEIM (its code;
+# the warm-up is that of its RT-DETRv2).
+EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}   # key: settings['model'] == 'tiny'
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, levels=4)
 
@@ -105,6 +105,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
     torch.manual_seed(settings['seed'])   # of the starting weights; the loop seeds every step anew
     train_set, val_set = open_data(settings)
     categories = {'ids': train_set.categories.ids, 'names': train_set.categories.names}
+    # Number of processes, bfloat16 or not, number of images: a resumed run must have the same.
     conditions = conditions_of(checkpoint, folder, categories, machine, len(train_set))
     model, average, optimizer, start = model_and_optimizer(settings, folder, checkpoint, len(categories['ids']), device)
     model.checkpoint_activations, amp = machine.checkpoint_activations, conditions['amp']
@@ -155,13 +156,13 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
     due = start > 0 and (start % eval_every == 0 or start == steps)
     missed = [rank == 0 and due and not any(r['step'] == start and 'AP' in r for r in journal.records)]
     if world > 1:
-        dist.broadcast_object_list(missed, 0)   # only the first process reads the file
+        dist.broadcast_object_list(missed, 0)   # only the first process reads the file; broadcast wants a list
     if missed[0]:
         evaluate(start)
 
-    dense = DENSE if isinstance(train_set, DenseOneToOne) else None
+    dense_part = DENSE if isinstance(train_set, DenseOneToOne) else None
     loader = iter(train_loader(train_set, batch_size, steps * accumulate, machine.workers, settings['seed'],
-                               start * accumulate, rank, world, pin=device.type == 'cuda', dense_part=dense))
+                               start * accumulate, rank, world, pin=device.type == 'cuda', dense_part=dense_part))
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 30)
     recent, since = [], time.perf_counter()
@@ -176,7 +177,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
         # gradients of deformable attention in any order).
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
-        torch.manual_seed((settings['seed'] * steps + step) * world + rank)
+        torch.manual_seed((settings['seed'] * steps + step) * world + rank)   # of each step and process another
         batches = [next(loader) for _ in range(accumulate)]
         # What divides the loss: the boxes of the whole step, for which all its batches are fetched first. If each batch
         # were divided by its own, a box in a crowded one would count less. The mean over the processes, since
@@ -195,7 +196,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
             try:
                 parts, stats = loss_of(parallel, batch.to(device), settings, progress, num_boxes, amp)
             except UserError as error:
-                check_finite(recent, model)   # or has an earlier step spoiled the weights?
+                check_finite(recent, model)   # if an earlier step has spoiled the weights, this says so instead
                 raise UserError(f'step {step}: {error}') from None
             sum(parts.values()).backward()
             for name, value in {**parts, **stats}.items():
@@ -241,8 +242,8 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
         print(f'checkpoint: {folder / "checkpoint.pt"}\npicture:    {picture}\n'
               f'look:       python eval.py --weights {folder / "checkpoint.pt"} --pictures 8')
     if world > 1:
-        # First, or it is the last owner of the process group, and joins gloo's threads while it holds the interpreter's
-        # lock, for which one of them may wait (seen in one run of twelve, torch 2.11).
+        # `parallel` goes first: as the last owner of the process group it would join gloo's threads while it holds the
+        # interpreter's lock, for which one of them may wait (seen in one run of twelve, torch 2.11).
         del parallel
         dist.destroy_process_group()
 
@@ -434,9 +435,13 @@ def loss_settings(settings: dict) -> LossSettings:
 def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridDETR:
     """A new model with its starting weights, or `bare`, to be filled from a checkpoint.
 
-    Raises UserError if the backbone is unknown or cannot be downloaded."""
+    Raises UserError if the scheme has no row, or the backbone is unknown or cannot be downloaded."""
     try:
-        model = HybridDETR(**architecture(settings, num_classes))
+        arguments = architecture(settings, num_classes)
+    except ValueError as error:   # a scheme with numbers, but without a row of matchers.query_groups
+        raise UserError(f'--scheme {settings["scheme"]}: {error}') from None
+    try:
+        model = HybridDETR(**arguments)
     except ValueError as error:
         raise UserError(f'--model {settings["model"]}: {error}') from None
     if bare:
@@ -642,10 +647,14 @@ def describe_scheme(settings: dict, layers: int, steps: int, epochs: float) -> N
                and settings[name] != plain.get(name)]
     if changed:
         print(f'  other than the defaults of {row["scheme"]}:', *(flag(name, settings[name]) for name in changed))
+    def and_late(early, late) -> str:
+        return f'{early}' + f' (at the end of training {late})' * (early != late)
+
     groups = list(zip(groups, query_groups(layers=layers, progress=max(0, steps - 1) / max(1, steps), **row)))
     for group, last in dict.fromkeys(groups):   # of the first and the last step; equal groups once
         print(f'  {groups.count((group, last))} x {group.queries} queries, copies of a ground truth in each layer '
-              f'{group.copies}{f", at the end of training {last.copies}" * (last != group)}, weight {group.weight:.3g}')
+              f'{and_late(group.copies, last.copies)}, weight '
+              f'{and_late(f"{group.weight:.3g}", f"{last.weight:.3g}")}')
     each = expected_positives(layers=layers, epochs=1, **row)   # of `epoch` the mean over the training
     print(f'  positives of a ground truth: {each:.3g} an epoch, {each * epochs:.4g} in the whole training'
           + ', denoising queries not counted' * (settings['denoising'] > 0))
@@ -789,7 +798,7 @@ def parse(argv: list[str] | None = None) -> dict:
         help='step: x0.1 for the last twelfth, of more than 12 epochs for the last sixth (default); cosine: down to 0 '
              '(default of tiny); flat-cosine: constant, then down to one half (DEIM)')
     add('--warmup', type=float,
-        help='part of training in which the rate rises (tiny 0.05, else 0, with flat-cosine 0.005)')
+        help='part of training in which the rate rises (default of tiny 0.05; else 0, or 0.005 with flat-cosine)')
     add('--weight-decay', type=float, help='of AdamW (default 1e-4)')
     add('--clip', type=float, help='largest norm of the gradient (default 0.1)')
     add('--seed', type=int, help='of weights, order, augmentation and shapes (default 0)')
@@ -818,9 +827,9 @@ def parse(argv: list[str] | None = None) -> dict:
 def complete(given: dict) -> dict:
     """Fill in the flags that were not given, by model and scheme. Raises UserError for values that make no sense."""
     scheme, tiny = given.get('scheme', COMMON['scheme']), given.get('model', COMMON['model']) == 'tiny'
-    rows = TINY_ROWS if tiny else PAPER_ROWS
+    rows, table = (TINY_ROWS, 'TINY_ROWS') if tiny else (PAPER_ROWS, 'PAPER_ROWS')
     if scheme not in rows:
-        raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)}')
+        raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)} ({table})')
     row = rows[scheme]
     for name in ROW_NUMBERS:
         if name in given and name not in row:
