@@ -19,9 +19,11 @@ import contextlib
 import io
 import json
 import math
+import pickle
 import re
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,10 +63,15 @@ METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
 def read_file(path: str):
     """What torch.save wrote, as data: no code in it is run. Raises UserError if it cannot be read."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):   # in which official files hold their settings
+        # Official files hold their settings in a Namespace. The warning is about files that fail anyway.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Detected pickle protocol')
             return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'checkpoint {path} does not exist') from None
+    except pickle.UnpicklingError:   # whose text tells how to run what is in the file
+        raise UserError(f'{path} is no readable checkpoint: it is damaged, or holds other things than tensors, numbers '
+                        'and text, which are not loaded since they could run code') from None
     except Exception as error:   # a damaged file, or one with code in it, can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f'{path} is no readable checkpoint: {reason}') from None
@@ -430,8 +437,9 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
     """Save a PNG of one image, again and again: whom each scheme makes answer for whom, given the same predictions.
 
     The row of N queries, the first group of the model in its last layer, is cut as each scheme would cut it, with three
-    copies where copies are. A line leads from the centre of a query's box to the ground truth that it has to find, in
-    the colour of its group. Raises UserError for an image without objects, or for fewer than 4 queries.
+    copies where copies are. A line leads from the middle of a query's box, or beside it where the number of another one
+    stands, to the ground truth that it has to find, in the colour of its group. Raises UserError for an image without
+    objects, or for fewer than 4 queries.
     """
     batch = collate([dataset[0, index]])   # of epoch 0
     with evaluating(model) as device:
@@ -465,14 +473,20 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
             pen.rectangle(truth, outline='white', width=12)
             pen.rectangle(truth, outline='black', width=6)
         matches = assign([costs.cpu()], groups)
-        # The detector, the first group, is drawn last, above the others.
-        for query, gt in sorted(zip(matches.query.tolist(), matches.gt.tolist()), reverse=True):
-            colour = COLOURS[group_of[query]]
+        lines = []   # (query, where its number stands, where its line ends)
+        for query, gt in sorted(zip(matches.query.tolist(), matches.gt.tolist())):
             (x, y), end = ((box[:2] + box[2:]).div(2).tolist() for box in (found[query], truths[gt]))   # the centres
+            while any(math.dist((x, y), place) < 28 for _, place, _ in lines):   # side by side, or they would hide
+                x += 4
+            lines.append((query, (x, y), end))
+        # The detector, the first group, is drawn last, above the others.
+        for query, (x, y), end in reversed(lines):
+            colour = COLOURS[group_of[query]]
             pen.rectangle(found[query].tolist(), outline=colour, width=6 if group_of[query] == 0 else 4)
             pen.line((x, y, *end), 'white', 9)
             pen.line((x, y, *end), colour, 5)
-            pen.ellipse((x - 14, y - 14, x + 14, y + 14), colour, 'white', 3)
+        for query, (x, y), _ in reversed(lines):
+            pen.ellipse((x - 14, y - 14, x + 14, y + 14), COLOURS[group_of[query]], 'white', 3)
             pen.text((x, y), str(group_of[query] + 1), 'white', ImageFont.load_default(size=20), anchor='mm')
         pictures.append(v2.functional.pil_to_tensor(picture.reduce(2)))
     save_grid([pictures[:2], pictures[2:]], path)

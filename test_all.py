@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -24,6 +25,7 @@ import time
 import tokenize
 import unittest
 import unittest.mock
+import warnings
 import zlib
 from pathlib import Path
 from urllib.error import URLError
@@ -1014,6 +1016,9 @@ class TestExercises(unittest.TestCase):
             alone = matching_cost(logits[l:l + 1, n:n + 1], boxes[l:l + 1, n:n + 1], labels[m:m + 1], gt[m:m + 1])
             self.close(found[l, n, m], float(alone), f'entry [{l}, {n}, {m}] of a larger cost is not what this pair '
                        'costs alone: are layers, queries or ground truths mixed up?')
+        nothing = self.attempt('an image may have no objects, M = 0: a tensor (L, N, 0)', matching_cost, logits, boxes,
+                               labels[:0], gt[:0])
+        self.assertEqual(tuple(nothing.shape), (2, 3, 0), 'an image without objects, M = 0: (L, N, 0)')
         self.assertTrue(bool(cost([[[100.0, -100.0]]]).isfinite() and cost([[[-100.0, 100.0]]]).isfinite()),
                         'the log of a score of 0 is not finite: add 1e-8')
 
@@ -1054,6 +1059,17 @@ class TestExercises(unittest.TestCase):
         hints = {(3, 3, 3): 'An answer (B,N,D) for each query; here three groups of 3',
                  (4, 5): 'groups (4, 5): their sizes may differ'}
 
+        def by_mask(groups, denoising=0):   # the numbers, from one attention of all queries with a mask
+            rest = 9 - sum(groups)   # the denoising queries
+            owner = torch.tensor([g for g, size in enumerate(groups) for _ in range(size)]
+                                 + [-1 - i * denoising // rest for i in range(rest)])
+            sees = (owner[:, None] == owner) | ((owner[:, None] < 0) & (owner == 0))
+            q, k, v = (F.linear(x, weight, bias).unflatten(-1, (2, 8)).transpose(1, 2) for x, weight, bias in zip(
+                (content + position, content + position, content), attention.in_proj.weight.chunk(3),
+                attention.in_proj.bias.chunk(3)))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+            return attention.out_proj(out.transpose(1, 2).flatten(2))
+
         def moved(groups, query, which=0, denoising=0):   # how far each query moves if this one is changed
             inputs = [content.clone(), position.clone()]
             hint = hints.get(groups, f'groups {groups}, then {denoising} denoising groups: what the sizes leave over '
@@ -1073,8 +1089,7 @@ class TestExercises(unittest.TestCase):
                                     'two, was changed and group one moved. At inference group two is gone!')
                     self.assertGreater(float(far[n + 1]), 1e-6, f'groups {groups}: the {name} of query {n} was '
                                        f'changed, and query {n + 1} of its own group did not notice')
-                self.close(attention(content, position, groups),
-                           evaluation.published_self_attention(attention, content, position, groups),
+                self.close(attention(content, position, groups), by_mask(groups),
                            f'groups {groups}: not the numbers of one attention with a mask. Position added to query '
                            'and key, not to the value? Scale by the width of one head? Biases, out_proj at the end?')
             first = "group one sees it, and all denoising queries see the detector's"
@@ -1090,6 +1105,9 @@ class TestExercises(unittest.TestCase):
                 self.assertEqual(found, seen_by, f'{why}. Row: groups {groups}, then {X} denoising groups of '
                                  f'{(9 - sum(groups)) // X}. Query {query} was changed, and these moved:\n    yours  '
                                  f'{found}\n    wanted {seen_by}')
+                self.close(attention(content, position, groups, X), by_mask(groups, X), f'groups {groups}, then {X} '
+                           "denoising groups: the right queries are seen, but the numbers differ. The detector's and "
+                           'those of the own denoising group share one softmax, and the value has no position')
 
     def test_5_matchability_aware_loss(self):
         """losses.MATCHED['mal'] and losses.BACKGROUND['mal']: DEIM slides, Eq. 3, with an exponent g."""
@@ -1113,8 +1131,9 @@ class TestExercises(unittest.TestCase):
                            'p^g * -log(1 - p)')
         p, g = 0.6, 1.5
         through = g * p ** (g - 1) * p * (1 - p) * -math.log(1 - p)
-        self.close(entry(p, 0.0, 0.0, g)[1], (p ** g * p + through), 'no match: the gradient, which the paper takes '
-                   'through the weight p^g, too')
+        self.close(entry(p, 0.0, 0.0, g)[1], (p ** g * p + through), 'no match: the gradient, which goes '
+                   'through the weight p^g, too: the formula as it is printed, differentiated (the slides say nothing '
+                   'on gradients; the released code stops it there, as official=True does)')
         self.close(entry(p, 0.0, 0.0, g, True)[1], p ** g * p, 'no match, official=True: no gradient through p^g')
         x = torch.linspace(-2, 2, 6).view(3, 2)
         self.close(losses.background_loss(x, LossSettings('mal'), (0,)), losses.background_loss(x, LossSettings('mal'))
@@ -1154,8 +1173,8 @@ class TestExercises(unittest.TestCase):
             found = self.attempt('set_loss returns the class, L1 and GIoU loss and the IoU of every pair; gt counts '
                                  f'through the batch, here 0 to 2. This case, {len(pairs)} pairs: {why}',
                                  losses.set_loss, logits, boxes, labels, gt, matches, groups, num_boxes)
-            self.assertTrue(isinstance(found, tuple) and len(found) == 4, 'return the class, L1 and GIoU loss and the '
-                            'IoU of every pair')
+            self.assertTrue(isinstance(found, tuple) and len(found) == 4, 'return a tuple of four, the class, L1 and '
+                            f'GIoU loss and the IoU of every pair, not {type(found).__name__} {found}')
             return found
 
         def by_hand(pairs, groups, num_boxes=3.0):
@@ -1164,16 +1183,15 @@ class TestExercises(unittest.TestCase):
                      for l in range(2)]
             every, every_label = torch.cat(gt), torch.cat(labels)
             target = torch.zeros_like(logits)
-            sums = [0.0, 0.0, 0.0]
+            l1 = giou = torch.tensor(0.0)
             for l, b, q, m in pairs:
                 target[l, b, q, every_label[m]] = 1
-                a, c = boxes[l, b, q][None].detach(), every[m][None]
-                giou = generalized_box_iou(*(box_convert(x, 'cxcywh', 'xyxy') for x in (a, c)))
-                sums[1] += 5 * scale[l][q] * float((a - c).detach().abs().sum())
-                sums[2] += 2 * scale[l][q] * (1 - float(giou))
+                a, c = boxes[l, b, q][None], every[m][None]
+                l1 = l1 + 5 * scale[l][q] * (a - c).abs().sum()
+                giou = giou + 2 * scale[l][q] * (1 - generalized_box_iou(*(box_convert(x, 'cxcywh', 'xyxy')
+                                                                           for x in (a, c)))[0, 0])
             entries = sigmoid_focal_loss(logits, target, 0.25, 2).sum((1, 3))
-            sums[0] = 2 * float((entries.detach() * torch.tensor(scale)).sum())
-            return sums
+            return 2 * (entries * torch.tensor(scale)).sum(), l1, giou
         one = [QueryGroup(4, (1, 1))]
         nobody = [QueryGroup(4, (0, 1))]
         pair = [(0, 1, 2, 1)]   # layer 0, image 1, query 2 and the batch's ground truth 1
@@ -1198,12 +1216,17 @@ class TestExercises(unittest.TestCase):
             found, wanted = parts(pairs, groups, num_boxes, why), by_hand(pairs, groups, num_boxes)
             for i, name in ((1, 'L1'), (2, 'GIoU'), (0, 'class')):
                 self.assertIsInstance(found[i], torch.Tensor, f'{name} loss: return a tensor, not a number')
-                self.close(found[i].float(), wanted[i], f'{name} loss. {why}')
-                if pairs:
-                    learns = torch.autograd.grad(found[i], logits if i == 0 else boxes, retain_graph=True,
+                self.close(found[i].float(), wanted[i].detach(), f'{name} loss. {why}')
+                if i == 0 or pairs:
+                    learner = logits if i == 0 else boxes
+                    learns = torch.autograd.grad(found[i], learner, retain_graph=True,
                                                  allow_unused=True)[0] if found[i].requires_grad else None
                     self.assertTrue(learns is not None and bool((learns != 0).any()), f'{name} loss: no gradient '
                                     f'reaches the {"logits" if i == 0 else "boxes"}, so nothing is learned from it')
+                    self.close(learns, torch.autograd.grad(wanted[i], learner)[0], f'{name} loss: its value is right, '
+                               'its gradient is not, so something is detached. ' + (
+                                   'Unmatched queries learn from the class loss, too, and the weights (1-p)^2 and p^2 '
+                                   'are differentiated' if i == 0 else 'All four numbers of a matched box learn'))
         a, c = boxes[0, 1, 2][None], gt[1][:1]
         self.close(parts(pair, one)[3], box_iou(*(box_convert(x.detach(), 'cxcywh', 'xyxy') for x in (a, c)))[0],
                    'last comes the IoU of each pair (not GIoU)')
@@ -1273,6 +1296,11 @@ class TestExercises(unittest.TestCase):
                                 'less than 0, and none is a denoising group')
                 start = [group.queries for group in query_groups(scheme, layers, 0.0, **numbers)]
                 self.assertEqual(sizes, start, f'{what}groups keep their sizes, as the model is built once')
+                if scheme != 'one2many' and progress == 1.0:
+                    self.assertEqual(groups[0].copies[-1], 1, f'{what}the first group has {groups[0].copies[-1]} '
+                                     'copies in its last layer; it needs one: more need NMS, and none trains nothing. '
+                                     '(Meant to be without a one-to-one end, as one2many? Then add its name to this '
+                                     'test.)')
                 if layers == 6:
                     continue
                 outputs = random_outputs(rng, layers, 3, sum(sizes), 4)
@@ -1282,10 +1310,35 @@ class TestExercises(unittest.TestCase):
                 self.assertEqual(len(matches.gt), pairs, f'{what}every copy finds a query')
                 parts = loss_of(outputs, labels, boxes, groups)
                 self.assertTrue(all(part.isfinite() for part in parts.values()), f'{what}{parts}')
-            if scheme != 'one2many':
-                self.assertEqual(groups[0].copies[-1], 1, f'{what}the first group has {groups[0].copies[-1]} copies in '
-                                 'its last layer; it needs one: more need NMS, and none trains nothing. (Meant to be '
-                                 'without a one-to-one end, as one2many? Then add its name to this test.)')
+
+
+class TestExercisesCatch(unittest.TestCase):
+    """Wrong solutions that are easy to write: the exercises' tests have to notice."""
+
+    def caught(self, exercise, message):
+        with self.assertRaisesRegex(AssertionError, message):
+            getattr(TestExercises(exercise), exercise)()
+
+    def test_a_detector_that_is_never_one_to_one(self):
+        def row(scheme, *args, **numbers):
+            return matchers.query_groups('one2many' if scheme == wrong else scheme, *args, **numbers)
+        for wrong in ('epoch', 'layer'):
+            with unittest.mock.patch.dict(globals(), query_groups=row):
+                self.caught('test_9_a_scheme_of_your_own', f'{wrong} .* more need NMS')
+
+    def test_a_loss_without_its_gradient(self):
+        for table, wrong in ((losses.BACKGROUND, lambda p, how: (0.75, p.detach() ** 2)),
+                             (losses.MATCHED, lambda p, quality, how: (1.0, 0.25 * (1 - p.detach()) ** 2))):
+            with unittest.mock.patch.dict(table, focal=wrong):
+                self.caught('test_7_set_loss', 'something is detached')
+
+    def test_denoising_with_keys_as_values(self):
+        attend = hybrid_detr.GroupSelfAttention.attend
+
+        def wrong(self, q, k, v):   # only denoising queries see more than themselves
+            return attend(self, q, k, v if q.shape == k.shape else k)
+        with unittest.mock.patch.object(hybrid_detr.GroupSelfAttention, 'attend', wrong):
+            self.caught('test_4_group_self_attention', 'share one softmax')
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -2442,9 +2495,13 @@ class TestBadInput(unittest.TestCase):
             def __reduce__(self):
                 return exec, (f'open({str(self_root / "was here")!r}, "w")',)
         self_root = self.root
-        torch.save({'model': {}, 'x': Code()}, self.root / 'code.pt')
-        with self.assertRaisesRegex(data.UserError, 'no readable checkpoint'):
-            evaluation.read_checkpoint(str(self.root / 'code.pt'))
+        for write in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))):
+            write({'model': {}, 'x': Code()}, self.root / 'code.pt')
+            with self.assertRaisesRegex(data.UserError, 'no readable checkpoint') as caught, \
+                    warnings.catch_warnings(record=True) as warned:
+                evaluation.read_checkpoint(str(self.root / 'code.pt'))
+            self.assertNotIn('weights_only', str(caught.exception), 'torch tells how to run it: that is no advice')
+            self.assertEqual([str(w.message) for w in warned], [], 'one line, and no warning')
         self.assertFalse((self.root / 'was here').exists())
 
 
