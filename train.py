@@ -829,7 +829,7 @@ def complete(given: dict) -> dict:
     scheme, tiny = given.get('scheme', COMMON['scheme']), given.get('model', COMMON['model']) == 'tiny'
     rows, table = (TINY_ROWS, 'TINY_ROWS') if tiny else (PAPER_ROWS, 'PAPER_ROWS')
     if scheme not in rows:
-        raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)} ({table})')
+        raise UserError(f'--scheme {scheme}: choose from {", ".join(rows)} (train.{table})')
     row = rows[scheme]
     for name in ROW_NUMBERS:
         if name in given and name not in row:
