@@ -171,6 +171,7 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
 
 class ShapesDataset(Dataset):
     """`length` images of `size` x `size` pixels; train and val are drawn with different seeds."""
+    most_boxes = 12   # of an image
 
     def __init__(self, split: str = 'train', length: int = 8000, size: int = 128, seed: int = 0):
         self.split, self.length, self.size, self.seed = split, length, size, 2 * seed + (split != 'train')
@@ -394,6 +395,7 @@ class CocoFolder(Dataset):
                   f'image and do not train; the first is in {example}')
         if not self.usable.any():
             raise UserError(f'{file} has no box with an area')
+        self.most_boxes = int(np.bincount(owner[self.usable]).max())   # of an image
         self.corners = corners.astype(np.float32)
         self.labels = np.array([self.categories.label_of[i] for i in category_ids.tolist()], dtype=np.int64)
         self.transforms = train_transforms(size, vertical_flip) if augment else resize_to(size)

@@ -69,6 +69,8 @@ def read_file(path: str):
             return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'checkpoint {path} does not exist') from None
+    except IsADirectoryError:
+        raise UserError(f'{path} is a folder: name the file in it, such as {Path(path) / "checkpoint.pt"}') from None
     except pickle.UnpicklingError:   # whose text tells how to run what is in the file
         raise UserError(f'{path} is no readable checkpoint: it is damaged, or holds other things than tensors, numbers '
                         'and text, which are not loaded since they could run code') from None

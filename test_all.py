@@ -3513,6 +3513,10 @@ class TestCommands(unittest.TestCase):
             elif re.match(r'decoder.*(proj|linear\d)\.weight', name):
                 self.assertGreater(float((value - after[name]).abs().max()), 0.01, f'{name} must start anew')
         self.run_train('--resume', str(self.root / 'run'))
+        fixed = *SMALL, '--init', weights, '--fixed-encoder', '--init-part'
+        self.refuses(r'--fixed-encoder: fusions\.0\.0\.weight is not in', train.main, *fixed, 'encoder', '--fusion',
+                     'dense')
+        self.refuses('--init-part backbone: nothing of it in', train.main, *fixed, 'backbone', '--model', 'resnet18')
 
     def test_resume_with_other_classes_is_refused(self):
         root, run = coco_folder(self.root / 'coco'), ('--data', str(self.root / 'coco'), '--steps', '1', '--scheme',
@@ -3524,6 +3528,7 @@ class TestCommands(unittest.TestCase):
             content['categories'].append({'id': 91, 'name': 'new'})
             file.write_text(json.dumps(content))
         self.refuses('has 3 classes .* the data has 4', train.main, '--resume', str(self.root / 'run'))
+        self.assertIn('up to 2 boxes, but the detector 1 queries', self.run_train(*run, '--queries', '1', out='few'))
         self.run_train(*run, '--init', str(self.root / 'run' / 'checkpoint.pt'), out='new')
 
     def test_init_from_official_weights(self):
@@ -3573,6 +3578,9 @@ class TestCommands(unittest.TestCase):
                      'group')
         self.refuses('no readable checkpoint', evaluation.main, '--weights', str(self.root / 'code.pt'))
         self.refuses('does not exist', evaluation.main, '--weights', str(self.root / 'no.pt'))
+        self.refuses('is a folder: name the file in it', evaluation.main, '--weights', str(self.root / 'run'))
+        self.refuses('is a file; name the folder', train.main, '--resume', str(self.root / 'run' / 'checkpoint.pt'))
+        self.refuses('has none, and a resumed run', train.main, '--resume', str(self.root / 'run'), '--epochs', '3')
         self.refuses('the data has 3', evaluation.main, '--weights', str(self.root / 'run' / 'checkpoint.pt'),
                      '--data', str(root), '--device', 'cpu')
         for error in (URLError('no network'), RuntimeError('invalid hash value')):

@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -229,7 +230,7 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
                 'step': done, 'settings': settings, 'categories': categories, **conditions,
                 'architecture': architecture(settings, len(categories['ids']))})
         if interrupted:
-            print(f'\nstopped after step {done}: go on with  python train.py --resume {folder}')
+            print(f'\nstopped after step {done}: go on with  python train.py --resume {shlex.quote(str(folder))}')
             sys.exit(130)
         if now_evaluate:
             evaluate(done, '; in training matched IoU {matched_iou:.3f}, score {matched_score:.2f}, best unmatched '
@@ -239,8 +240,9 @@ def train(settings: dict, folder: Path, checkpoint: dict | None, machine: Machin
     if rank == 0:
         picture = folder / 'predictions.png'
         evaluation.draw_predictions(evaluated, val_set, categories['ids'], picture)
-        print(f'checkpoint: {folder / "checkpoint.pt"}\npicture:    {picture}\n'
-              f'look:       python eval.py --weights {folder / "checkpoint.pt"} --pictures 8')
+        weights = folder / 'checkpoint.pt'
+        print(f'checkpoint: {weights}\npicture:    {picture}\n'
+              f'look:       python eval.py --weights {shlex.quote(str(weights))} --pictures 8')
     if world > 1:
         # `parallel` goes first: as the last owner of the process group it would join gloo's threads while it holds the
         # interpreter's lock, for which one of them may wait (seen in one run of twelve, torch 2.11).
@@ -403,6 +405,9 @@ def open_data(settings: dict):
     if (train_set.categories.ids, train_set.categories.names) != (val_set.categories.ids, val_set.categories.names):
         raise UserError(f'{settings["data"]}: training and validation annotations have other categories '
                         f'({len(train_set.categories)} and {len(val_set.categories)} of them)')
+    if train_set.most_boxes > settings['n']:
+        print(f'{settings["data"]}: an image has up to {train_set.most_boxes} boxes, but the detector {settings["n"]} '
+              'queries: it cannot find them all (--queries)')
     if settings['dense_o2o']:
         train_set = DenseOneToOne(train_set, settings['image_size'], settings['vertical_flip'], settings['seed'])
     return train_set, val_set
@@ -435,7 +440,8 @@ def loss_settings(settings: dict) -> LossSettings:
 def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridDETR:
     """A new model with its starting weights, or `bare`, to be filled from a checkpoint.
 
-    Raises UserError if the scheme has no row, or the backbone is unknown or cannot be downloaded."""
+    Raises UserError if the scheme has no row, if the backbone is unknown or cannot be downloaded, and if what is asked
+    of --init is not in that file."""
     try:
         arguments = architecture(settings, num_classes)
     except ValueError as error:   # a scheme with numbers, but without a row of matchers.query_groups
@@ -447,9 +453,16 @@ def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridD
     if bare:
         return model
     taken = what_fits(model, settings['init']) if settings['init'] else {}
-    if settings['init_part'] != 'all':
-        taken = dict(parts_of(taken.items(), settings['init_part']))
-        print(f'  of these, the {len(taken)} of --init-part {settings["init_part"]} are used')
+    part = settings['init_part']
+    if part != 'all':
+        taken = dict(parts_of(taken.items(), part))
+        print(f'  of these, the {len(taken)} of --init-part {part} are used')
+        missing = [name for name, _ in parts_of(model.named_parameters(), part) if name not in taken]
+        if not taken:
+            raise UserError(f'--init-part {part}: nothing of it in {settings["init"]} fits this model')
+        if settings['fixed_encoder'] and missing:
+            raise UserError(f'--fixed-encoder: {missing[0]} is not in {settings["init"]}, and would stay as it was '
+                            f'drawn ({len(missing)} such parameters)')
     if settings['pretrained'] and not any(name.startswith('backbone.') for name in taken):   # or --init brought one
         try:
             model.backbone.load_imagenet()
@@ -575,7 +588,10 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
     if not resume:
         settings = complete(given)
         return settings, new_folder(settings), None
-    folder, checkpoint = Path(resume), evaluation.read_checkpoint(str(Path(resume) / 'checkpoint.pt'))
+    folder = Path(resume)
+    if folder.is_file():
+        raise UserError(f'--resume {folder}: is a file; name the folder of the run, {folder.parent}')
+    checkpoint = evaluation.read_checkpoint(str(folder / 'checkpoint.pt'))
     if evaluation.is_official(checkpoint):
         raise UserError(f'--resume {folder}: holds no run of train.py; start one with --init')
     try:
@@ -600,8 +616,8 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
         given['ema'] = EMA[settings['model'] == 'tiny']['decay']
     for name, value in given.items():
         if settings.get(name) != value:
-            raise UserError(f'{flag(name, value)}: the run in {folder} has {settings.get(name)}, and a resumed run '
-                            'keeps its settings; start a new one with --init instead')
+            raise UserError(f'{flag(name, value)}: the run in {folder} has {settings.get(name, "none")}, and a resumed '
+                            'run keeps its settings; start a new one with --init instead')
     return settings, folder, checkpoint
 
 
