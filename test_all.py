@@ -2069,7 +2069,7 @@ class TestData(unittest.TestCase):
             counts.append(len(boxes))
             self.assertTrue((boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= 128).all()
                             and (boxes[:, 2:] > boxes[:, :2]).all())
-        self.assertEqual((min(counts), max(counts)), (1, 12))
+        self.assertEqual((min(counts), max(counts)), (1, data.ShapesDataset.most_boxes))
 
     def test_ids_there_and_back(self):
         with quiet() as printed:
@@ -3514,7 +3514,7 @@ class TestCommands(unittest.TestCase):
                 self.assertGreater(float((value - after[name]).abs().max()), 0.01, f'{name} must start anew')
         self.run_train('--resume', str(self.root / 'run'))
         fixed = *SMALL, '--init', weights, '--fixed-encoder', '--init-part'
-        self.refuses(r'--fixed-encoder: fusions\.0\.0\.weight is not in', train.main, *fixed, 'encoder', '--fusion',
+        self.refuses(r'--fixed-encoder: fusions\.0\.0\.weight is not taken', train.main, *fixed, 'encoder', '--fusion',
                      'dense')
         self.refuses('--init-part backbone: nothing of it in', train.main, *fixed, 'backbone', '--model', 'resnet18')
 
@@ -3528,7 +3528,9 @@ class TestCommands(unittest.TestCase):
             content['categories'].append({'id': 91, 'name': 'new'})
             file.write_text(json.dumps(content))
         self.refuses('has 3 classes .* the data has 4', train.main, '--resume', str(self.root / 'run'))
-        self.assertIn('up to 2 boxes, but the detector 1 queries', self.run_train(*run, '--queries', '1', out='few'))
+        for overfit in ((), ('--overfit', '2')):
+            self.assertIn('up to 2 boxes, but the detector has 1 queries',
+                          self.run_train(*run, '--queries', '1', *overfit, out='-'.join(('few', *overfit))))
         self.run_train(*run, '--init', str(self.root / 'run' / 'checkpoint.pt'), out='new')
 
     def test_init_from_official_weights(self):

@@ -397,17 +397,18 @@ def summary(recent: list[Step], batch_size: int, accumulate: int) -> dict:
 def open_data(settings: dict):
     """-> training set, validation set. Raises UserError if they do not have the same categories."""
     common = dict(size=settings['image_size'], seed=settings['seed'])
+    train_set = open_dataset(settings['data'], 'train', **common, augment=not settings['overfit'],
+                             vertical_flip=settings['vertical_flip'])
+    if train_set.most_boxes > settings['n']:
+        print(f'{settings["data"]}: an image has up to {train_set.most_boxes} boxes, but the detector has '
+              f'{settings["n"]} queries: it cannot find them all (--queries)')
     if settings['overfit']:   # as they are, without augmentation
-        few = FirstImages(open_dataset(settings['data'], 'train', **common), settings['overfit'])
+        few = FirstImages(train_set, settings['overfit'])
         return few, few
-    train_set = open_dataset(settings['data'], 'train', **common, augment=True, vertical_flip=settings['vertical_flip'])
     val_set = open_dataset(settings['data'], 'val', **common)
     if (train_set.categories.ids, train_set.categories.names) != (val_set.categories.ids, val_set.categories.names):
         raise UserError(f'{settings["data"]}: training and validation annotations have other categories '
                         f'({len(train_set.categories)} and {len(val_set.categories)} of them)')
-    if train_set.most_boxes > settings['n']:
-        print(f'{settings["data"]}: an image has up to {train_set.most_boxes} boxes, but the detector {settings["n"]} '
-              'queries: it cannot find them all (--queries)')
     if settings['dense_o2o']:
         train_set = DenseOneToOne(train_set, settings['image_size'], settings['vertical_flip'], settings['seed'])
     return train_set, val_set
@@ -441,7 +442,7 @@ def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridD
     """A new model with its starting weights, or `bare`, to be filled from a checkpoint.
 
     Raises UserError if the scheme has no row, if the backbone is unknown or cannot be downloaded, and if what is asked
-    of --init is not in that file."""
+    of the file of --init does not fit."""
     try:
         arguments = architecture(settings, num_classes)
     except ValueError as error:   # a scheme with numbers, but without a row of matchers.query_groups
@@ -461,8 +462,8 @@ def build_model(settings: dict, num_classes: int, bare: bool = False) -> HybridD
         if not taken:
             raise UserError(f'--init-part {part}: nothing of it in {settings["init"]} fits this model')
         if settings['fixed_encoder'] and missing:
-            raise UserError(f'--fixed-encoder: {missing[0]} is not in {settings["init"]}, and would stay as it was '
-                            f'drawn ({len(missing)} such parameters)')
+            raise UserError(f'--fixed-encoder: {missing[0]} is not taken from {settings["init"]} (see above), and '
+                            f'would be fixed without having been trained there ({len(missing)} such parameters)')
     if settings['pretrained'] and not any(name.startswith('backbone.') for name in taken):   # or --init brought one
         try:
             model.backbone.load_imagenet()
@@ -567,7 +568,8 @@ def new_folder(settings: dict) -> Path:
         return next(filter(free, (Path(f'{base}_{i}') if i > 1 else base for i in range(1, 10_000))))
     out = Path(settings['out'])
     if not free(out):
-        how = f'go on with --resume {out}' if (out / 'checkpoint.pt').exists() else 'without a checkpoint: delete it'
+        how = (f'go on with --resume {shlex.quote(str(out))}' if (out / 'checkpoint.pt').exists()
+               else 'without a checkpoint: delete it')
         raise UserError(f'--out {out} holds a run: {how}, or name another folder')
     return out
 
@@ -616,8 +618,9 @@ def new_or_resumed(given: dict) -> tuple[dict, Path, dict | None]:
         given['ema'] = EMA[settings['model'] == 'tiny']['decay']
     for name, value in given.items():
         if settings.get(name) != value:
-            raise UserError(f'{flag(name, value)}: the run in {folder} has {settings.get(name, "none")}, and a resumed '
-                            'run keeps its settings; start a new one with --init instead')
+            has = 'none' if settings.get(name) is None else settings[name]
+            raise UserError(f'{flag(name, value)}: the run in {folder} has {has}, and a resumed run keeps its '
+                            'settings; start a new one with --init instead')
     return settings, folder, checkpoint
 
 
