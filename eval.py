@@ -63,7 +63,7 @@ METRICS = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
 def read_file(path: str):
     """What torch.save wrote, as data: no code in it is run. Raises UserError if it cannot be read."""
     try:
-        # Official files hold their settings in a Namespace. The warning is about files that fail anyway.
+        # Official files hold their settings in a Namespace. The warning is about files that may fail: see below then.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'Detected pickle protocol')
             return torch.load(path, map_location='cpu', weights_only=True)

@@ -56,8 +56,8 @@ TINY = dict(image_size=128, batch_size=16, steps=600, lr=1e-3, schedule='cosine'
 TINY_PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)   # tiny on a folder of photographs
 PAPER = dict(image_size=800, batch_size=2, epochs=12, lr=2e-4, schedule='step', warmup=0.0, ffn=2048, decoder_layers=6)
 OFFICIAL_FORMS = 'vfl', 'mal', 'stable'   # losses whose released code differs from the paper
-# About 1 / (1 - decay) steps are averaged: 50 of the 600 of tiny (key True), 10,000 of the 440,000 of DEIM (its code;
-# the warm-up is that of its RT-DETRv2).
+# About 1 / (1 - decay) steps are averaged: 50 of the 600 of tiny, 10,000 of the 440,000 of DEIM (its code; the warm-up
+# is that of its RT-DETRv2).
 EMA = {True: dict(decay=0.98, warmup=20), False: dict(decay=0.9999, warmup=2000)}   # key: settings['model'] == 'tiny'
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, levels=4)
