@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -457,6 +458,11 @@ class FirstImages(Dataset):
 
     def coco_json(self, n: int | None = None) -> dict:
         return self.dataset.coco_json(self.n if n is None else min(n, self.n))
+
+    @property
+    def most_boxes(self) -> int:
+        of_images = Counter(row['image_id'] for row in self.coco_json()['annotations'] if not row['iscrowd'])
+        return max(of_images.values(), default=0)
 
 
 def open_dataset(name: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False,

@@ -49,7 +49,7 @@ from tqdm import tqdm
 import hybrid_detr
 from data import (IMAGENET_MEAN, IMAGENET_STD, Batch, Categories, FirstImages, UserError, collate,
                   open_dataset, train_loader, val_loader)
-from hybrid_detr import HybridDETR, Outputs, from_official
+from hybrid_detr import HybridDETR, Outputs, TooFewTokens, from_official
 from losses import MATCHED, criterion, curve as loss_curve
 from matchers import (TOY_COST, TOY_ROWS, Cost, assign, class_scores, denoising_queries, encoder_groups, match,
                       matching_cost, query_groups, toy)
@@ -130,7 +130,7 @@ def load_detector(path: str) -> tuple[HybridDETR, Categories | None, dict]:
         if not isinstance(settings.get('data', ''), str):
             raise TypeError(f'its settings have the data {settings["data"]!r}')
         # Below 2^31: the shapes of `val` have seed 2 * seed + 1, and numpy's generator takes 32 bits.
-        for name, least in dict(image_size=32, batch_size=1, seed=0, overfit=0).items():
+        for name, least in dict(image_size=64, batch_size=1, seed=0, overfit=0).items():
             value = settings.get(name, least)
             if not isinstance(value, int) or not least <= value < 2 ** 31:
                 raise ValueError(f'its settings have the {name} {value!r}')
@@ -209,7 +209,7 @@ def predict(model: torch.nn.Module, batch: Batch, group: int | None = 0, noised=
     Raises UserError if its images have fewer tokens than queries."""
     try:
         return model(batch.images, batch.padding_mask, group, noised)
-    except ValueError as error:   # all images of a batch have one size, so the first stands for all
+    except TooFewTokens as error:   # all images of a batch have one size, so the first stands for all
         raise UserError(f'{batch.names[0]}: {error}') from None
 
 
@@ -754,13 +754,17 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
     """Print the results of several runs (`read_runs`), and draw their AP over the steps (Group DETR Fig. 1, H-DETR
     Fig. 4), below it, where all were evaluated at the same steps, less the mean of the first of them, and of those with
     --unstable the last unstable scores over the layers (Stable-DINO Fig. 3). Repetitions are one row, and one line, of
-    their means.
+    their means; a last column has the differences of AP from those of the first row that end in the same number.
 
     Raises UserError also if the runs have no unstable scores to draw, or repetitions of different decoders.
     """
     lines, of_layers = {}, {}   # what is drawn: name -> (x, mean, lowest, highest)
     rows, finer_rows = [], []
-    for name, repetitions in read_runs(folders).items():
+    runs = read_runs(folders)
+    reference = next(iter(runs))
+    ap_of = {name: {run.folder.name.removeprefix(name): run.evaluations[-1]['AP'] for run in repetitions}
+             for name, repetitions in runs.items()}   # NAME-1 and NAME-2 -> {'-1': AP, '-2': AP}
+    for name, repetitions in runs.items():
         last = [run.evaluations[-1] for run in repetitions]
         cells = {}
         for key in (*MEASURES, *FINER_MEASURES):
@@ -770,7 +774,9 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         speed = np.mean([run.speed for run in repetitions])
         rows.append(f'| {name} | {len(last)} | {last[0]["step"]} | {" | ".join(cells[key] for key in MEASURES)} | '
                     f'{speed:.1f} |')
-        finer_rows.append(f'| {name} | {" | ".join(cells[key] for key in FINER_MEASURES)} |')
+        less = ' '.join(f'{ap - ap_of[reference][number]:+.3f}' for number, ap in ap_of[name].items()
+                        if name != reference and number in ap_of[reference])
+        finer_rows.append(f'| {name} | {" | ".join(cells[key] for key in FINER_MEASURES)} | {less} |')
         ap = np.array([[record['AP'] for record in run.evaluations] for run in repetitions])
         lines[name] = [record['step'] for record in repetitions[0].evaluations], ap.mean(0), ap.min(0), ap.max(0)
         if unstable and not all(record.get('unstable') for record in last):
@@ -783,7 +789,8 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
     if unstable and not of_layers:
         raise UserError('--unstable-curves: none of the runs was trained with --unstable N')
     print(f'| run | seeds | steps | {" | ".join(MEASURES)} | images/s |', '|---' * 7 + '|', *rows, sep='\n')
-    print(f'\n| run | {" | ".join(FINER_MEASURES)} |', '|---' * 6 + '|', *finer_rows, sep='\n')
+    print(f'\n| run | {" | ".join(FINER_MEASURES)} | AP less that of {reference}, run by run |', '|---' * 7 + '|',
+          *finer_rows, sep='\n')
     print('\nmean (lowest-highest) over the seeds, - if one of them has no such number; images/s: mean over the seeds '
           'of the\nmedian in training, which compares only runs on a machine that was as busy')
     if picture:
@@ -791,7 +798,7 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
             return (with_margin(np.concatenate([line[0] for line in lines.values()]), 1),
                     with_margin(np.concatenate([ap for line in lines.values() for ap in line[1:]]), 1e-3))
         panels = [draw_lines(lines, ('steps', 'AP'), limits(lines))]
-        reference, (steps, mean, *_) = next(iter(lines.items()))
+        steps, mean, *_ = lines[reference]
         if len(lines) > 1 and all(x == steps for x, *_ in lines.values()):
             less = {name: (x, *(ap - mean for ap in aps)) for name, (x, *aps) in lines.items()}
             panels.append(draw_lines(less, ('steps', f'AP, less the mean of {reference}'), limits(less), 900, False))
@@ -1277,7 +1284,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)   # which refuses what does not go together (exit code 2); the values follow (exit code 1)
     if args.nms is not None and not 0 <= args.nms <= 1:
         raise UserError(f'--nms {args.nms}: is an IoU, 0 to 1')
-    for name, least in dict(batch_size=1, image_size=32, workers=0, group=0, pictures=0, unstable=0, repeats=1,
+    for name, least in dict(batch_size=1, image_size=64, workers=0, group=0, pictures=0, unstable=0, repeats=1,
                             image=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f'{flag(name, getattr(args, name))}: must be at least {least}')

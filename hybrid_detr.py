@@ -39,6 +39,10 @@ class Outputs(NamedTuple):
     encoder_boxes: Tensor    # (1, B, E*S, 4)
 
 
+class TooFewTokens(ValueError):
+    """An image is too small to choose the queries from."""
+
+
 # --- Backbones ------------------------------------------------------------------------------------------------------
 
 class TinyBackbone(nn.Sequential):
@@ -271,26 +275,26 @@ class GroupSelfAttention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, content: Tensor, position: Tensor, groups: Sequence[int], denoising_groups: int = 0) -> Tensor:
-        """content, position (B,N,D), groups: sizes -> (B,N,D). Position is no part of the value.
+    def forward(self, content: Tensor, position: Tensor, sizes: Sequence[int], denoising_groups: int = 0) -> Tensor:
+        """content, position (B,N,D), sizes: queries of each group -> (B,N,D). Position is no part of the value.
 
         What the sizes leave over at the end of the row are denoising queries, in groups of R. Each sees its own
         denoising group and the first group, the detector's. (In DINO they see all matching queries, which are one
         group; here only the first of several, if they are separate.) No matching query sees them: they know the answer.
         """
         B, _, D = content.shape
-        matching = sum(groups)
+        matching = sum(sizes)
         q, k = F.linear(content + position, self.in_proj.weight[:2 * D], self.in_proj.bias[:2 * D]).chunk(2, -1)
         v = F.linear(content, self.in_proj.weight[2 * D:], self.in_proj.bias[2 * D:])                   # (B, N, D) each
-        if len(set(groups)) == 1:   # one attention with G times the batch
-            folded = (x[:, :matching].unflatten(1, (len(groups), -1)).flatten(0, 1) for x in (q, k, v))   # (B*G, n, D)
+        if len(set(sizes)) == 1:   # one attention with G times the batch
+            folded = (x[:, :matching].unflatten(1, (len(sizes), -1)).flatten(0, 1) for x in (q, k, v))   # (B*G, n, D)
             out = [self.attend(*folded).view(B, matching, D)]
         else:
-            parts = [x[:, :matching].split(groups, 1) for x in (q, k, v)]                  # of each group (B, n, D)
+            parts = [x[:, :matching].split(sizes, 1) for x in (q, k, v)]                  # of each group (B, n, D)
             out = [self.attend(*of_group) for of_group in zip(*parts)]
         if denoising_groups:   # X in the shapes below
             own_q, *own_kv = (x[:, matching:].unflatten(1, (denoising_groups, -1)) for x in (q, k, v))   # (B, X, R, D)
-            first_kv = (x[:, None, :groups[0]].expand(-1, denoising_groups, -1, -1) for x in (k, v))     # (B, X, n, D)
+            first_kv = (x[:, None, :sizes[0]].expand(-1, denoising_groups, -1, -1) for x in (k, v))     # (B, X, n, D)
             seen_kv = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own_kv, first_kv))             # (B*X, R+n, D)
             out.append(self.attend(own_q.flatten(0, 1), *seen_kv).view(B, -1, D))
         return self.out_proj(torch.cat(out, 1))
@@ -339,14 +343,14 @@ class DecoderLayer(nn.Module):
         self.cross_attention, self.cross_norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
         self.dropout, self.ffn = nn.Dropout(dropout), FeedForward(width, ffn, dropout)
 
-    def forward(self, content: Tensor, position: Tensor, groups: Sequence[int], denoising_groups: int,
+    def forward(self, content: Tensor, position: Tensor, sizes: Sequence[int], denoising_groups: int,
                 reference: Tensor, tokens: Tensor, shapes, padding: Tensor) -> Tensor:
         """content, position (B,N,D), reference (B,N,V,4), tokens (B,S,D) -> (B,N,D).
 
         Only self-attention lets queries see each other. It is what makes one of two equal queries give way, so a
         group whose assignment is one-to-one has to be alone in it.
         """
-        attended = self.self_attention(content, position, groups, denoising_groups)
+        attended = self.self_attention(content, position, sizes, denoising_groups)
         content = self.self_norm(content + self.dropout(attended))
         attended = self.cross_attention(content + position, reference, tokens, shapes, padding)
         return self.ffn(self.cross_norm(content + self.dropout(attended)))
@@ -567,8 +571,8 @@ class HybridDETR(nn.Module):
         scores = logits[..., 0]   # "object or not": the encoder trains with all labels 0                  (B, E, S)
         wanted = sum(sizes) if self.selection != 'heads' else max(sizes)
         if wanted > scores.shape[2]:
-            raise ValueError(f'the image has {scores.shape[2]} tokens, too few to choose {wanted} queries from: '
-                             'use larger images or fewer queries')
+            raise TooFewTokens(f'the image has {scores.shape[2]} tokens, too few to choose {wanted} queries from: '
+                               'use larger images or fewer queries')
         if self.selection == 'ranks':
             chosen = [(0, top) for top in scores[:, 0].topk(wanted).indices.split(list(sizes), 1)]
         else:
@@ -581,11 +585,11 @@ class HybridDETR(nn.Module):
         # Rows `top` (B, n) of box_logits[:, e] (B, S, 4).
         return [box_logits[:, e].take_along_dim(top[..., None], 1).detach().sigmoid() for e, top in chosen]
 
-    def decode(self, boxes: Tensor, content: Tensor, position: Tensor, groups: Sequence[int], denoising_groups: int,
+    def decode(self, boxes: Tensor, content: Tensor, position: Tensor, sizes: Sequence[int], denoising_groups: int,
                tokens: Tensor, where: Geometry) -> tuple[Tensor, Tensor]:
         """Iterative refinement (Deformable DETR): every layer moves the boxes -> (L,B,N,C), (L,B,N,4).
 
-        boxes (B,N,4), content and position (B,N,D), both groups as in GroupSelfAttention, tokens (B,S,D).
+        boxes (B,N,4), content and position (B,N,D), sizes and groups as in GroupSelfAttention, tokens (B,S,D).
         Each layer has heads of its own. The position code stays that of the proposal (official code; DINO computes it
         anew from the boxes of the layer before).
 
@@ -599,7 +603,7 @@ class HybridDETR(nn.Module):
         reference = previous = boxes   # equal in value always: `reference` has no gradient, `previous` that of one head
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
             in_maps = reference[:, :, None] * ratios                                                # (B, N, V, 4)
-            content = self.call_layer(layer, content, position, groups, denoising_groups, in_maps, tokens, where.shapes,
+            content = self.call_layer(layer, content, position, sizes, denoising_groups, in_maps, tokens, where.shapes,
                                       where.padding)
             shift = box_head(content)
             pred_logits.append(class_head(content))

@@ -304,6 +304,6 @@ if __name__ == '__main__':
             cells = [f'{loss:6.3f} {gradient:+.3f}   ' for loss, gradient in zip(*curve(name, scores, iou))]
             print(f'{name:8}{what:16}' + ' '.join(cells).rstrip())
         print()
-    print('At p = 0.95 and IoU 0.5, a sure query with a bad box, mal pays most (times the class weights, stable: its '
-          'weight is 6).\nAt p = 0.25 and IoU 0.5, stable pays nothing: the score is its target s^2. At IoU 0, vfl and '
-          'stable are as if not\nmatched, mal is not. At IoU 1, vfl and mal are bce.')
+    print('At p = 0.95 and IoU 0.5, a sure query with a bad box, mal pays most; with the class weights (stable: 6), '
+          'stable does.\nAt p = 0.25 and IoU 0.5, stable pays nothing: the score is its target s^2. At IoU 0, vfl and '
+          'stable are as if not\nmatched, mal is not. At IoU 1, a match costs in vfl and mal what it costs in bce.')

@@ -75,7 +75,7 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
     The first group is the detector; the others exist only in training (Group DETR Alg. 1, H-DETR §3.2.1). It needs no
     NMS under two conditions: its last layers end training one-to-one, and its self-attention never sees another group.
     Then one query for each object is rewarded, and a second one is background. A new scheme is a new row (and its
-    numbers a row in train.TINY_ROWS and PAPER_ROWS).
+    numbers a row in train.TINY_ROWS and PAPER_ROWS). Copies and weights may change with progress, sizes not.
 
     n: queries of the first group; T, K, weight (lambda in the paper): queries, copies and loss weight of the
     one-to-many part; rho, L1: the part of training (progress < rho) and the number of first layers that are

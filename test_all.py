@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -973,7 +974,8 @@ class TestExercises(unittest.TestCase):
             paid, least = (sum(float(cost[pair]) for pair in pairs) for pairs in (zip(query, gt), wanted))
             self.assertEqual(paid, least, what + f'They cost {paid:g} in sum, and {wanted} only {least:g}. Always '
                              'taking the cheapest that is left, or matching one copy after the other, does not find '
-                             'it; nor does a column read as the wrong ground truth: j % M if they were tiled')
+                             'it; nor does a column read as the wrong ground truth: j % M if they were tiled, j // K '
+                             'if each was repeated on the spot')
         query, gt = self.attempt('an image without objects, cost (3, 0)', one_to_many, torch.zeros(3, 0), 2)
         self.assertEqual((query.dtype, gt.dtype, len(query), len(gt)), (torch.int64, torch.int64, 0, 0),
                          'an image without objects has no pairs: two empty int64 tensors')
@@ -1250,16 +1252,16 @@ class TestExercises(unittest.TestCase):
                  'box of image 1'),
                 ([(1, 0, 2, 0)], nobody, 3.0, 'layer 0 has no copies, and all its queries are background: divided by '
                  'the number of boxes'),
-                (whole, [QueryGroup(1, (1, 1)), QueryGroup(2, (2, 1), 0.5), QueryGroup(1, (1, 1), 0.25)], 3.0, 'groups '
-                 'of 1, 2 and 1 queries: sizes may differ'),
                 (pair, [QueryGroup(4, (2, 1))], 0.0, 'K * num_boxes below 1 counts as 1, not as K'),
-                (pair, [QueryGroup(4, (2, 1))], torch.tensor(3.0), 'num_boxes may be a tensor'),
-                ([], one, 3.0, 'without a pair all is background, and the box losses are 0'),
                 (pair, [QueryGroup(4, (2, 1))], 1.0, 'K = 2 copies in layer 0, one in layer 1: the loss of a layer is '
                  'divided by K times the number of boxes, so that it weighs as much as one-to-one'),
+                (pair, [QueryGroup(4, (2, 1))], torch.tensor(3.0), 'num_boxes may be a tensor'),
+                ([], one, 3.0, 'without a pair all is background, and the box losses are 0'),
                 (pair, [QueryGroup(4, (1, 1), 0.25)], 1.0, 'the whole loss of a group has its weight, here 1/4'),
                 (whole, copied, 3.0, 'two groups: each query, matched or background, has the weight and the copies of '
-                 'its own group')):
+                 'its own group'),
+                (whole, [QueryGroup(1, (1, 1)), QueryGroup(2, (2, 1), 0.5), QueryGroup(1, (1, 1), 0.25)], 3.0, 'groups '
+                 'of 1, 2 and 1 queries: sizes may differ')):
             found, wanted = parts(pairs, groups, num_boxes, why), by_hand(pairs, groups, num_boxes)
             for i, name in ((1, 'L1'), (2, 'GIoU'), (0, 'class')):
                 self.assertIsInstance(found[i], torch.Tensor, f'{name} loss: return a tensor, not a number')
@@ -1303,7 +1305,8 @@ class TestExercises(unittest.TestCase):
         mixed = self.attempt('return a Sample, as sample._replace(...); its image is as high and as wide as the larger '
                              'of both, each of which lies in its top left corner', data.mixup, first, second, 0.25)
         self.assertIsInstance(mixed, data.Sample, 'return a Sample, as sample._replace(...)')
-        self.assertEqual(tuple(mixed.image.shape), (3, 6, 8), 'as high and as wide as the larger of both')
+        self.assertEqual(tuple(mixed.image.shape), (3, 6, 8), 'your shape, and the one wanted: the image is as high as '
+                         'the higher and as wide as the wider of both')
         self.close(mixed.image[0, [0, 0, 5, 5], [0, 7, 0, 7]], [1.75, 0.25, 1.5, 0], 'corners top left, top right, '
                    'bottom left, bottom right: beta of the first, 1 - beta of the second, each where it is, else 0')
         self.close(mixed.boxes, [[0.5, 1 / 3, 0.5, 2 / 3], [0.25, 0.25, 0.5, 0.5]], 'boxes are fractions of the image, '
@@ -1407,6 +1410,14 @@ class TestExercisesCatch(unittest.TestCase):
                 return tuple(found)
             with unittest.mock.patch.object(losses, 'set_loss', wrong):
                 self.caught('test_7_set_loss', 'something is detached')
+
+    def test_a_loss_without_copies_or_weights(self):
+        """And each is told what is missing."""
+        for missing, message in ((dict(copies=(1, 1)), 'divided by K times'), (dict(weight=1.0), 'has its weight')):
+            def wrong(x, boxes, labels, gts, matches, groups, *rest, missing=missing, solution=losses.set_loss):
+                return solution(x, boxes, labels, gts, matches, [g._replace(**missing) for g in groups], *rest)
+            with unittest.mock.patch.object(losses, 'set_loss', wrong):
+                self.caught('test_7_set_loss', message)
 
     def test_denoising_with_other_numbers(self):
         solution = hybrid_detr.GroupSelfAttention.forward
@@ -2792,8 +2803,9 @@ class TestMeasures(unittest.TestCase):
         self.assertIn('| group | 2 | 20 | 0.500 (0.400-0.600) |', printed.getvalue())
         self.assertIn(' | 25.0 |\n', printed.getvalue(), 'the mean of 20 and 30 images/s')
         self.assertIn('| one2one | 1 | 20 | 0.300 (0.300-0.300) |', printed.getvalue())
-        self.assertIn('| 0.300 (0.300-0.300) | 0.500 (0.400-0.600) |\n| one2one | 0.500', printed.getvalue(),
+        self.assertIn('| 0.300 (0.300-0.300) | 0.500 (0.400-0.600) |  |\n| one2one | 0.500', printed.getvalue(),
                       'oLRP_FP and oLRP_FN of group, in the second table')
+        self.assertIn('| 0.700 (0.700-0.700) | -0.100 |\n', printed.getvalue(), "one2one-0's AP less group-0's")
         picture = np.array(Image.open(folder / 'curves.png').convert('RGB')).astype(int)
         upper, lower = picture[100:600], picture[608:]   # 100: below the legend, which has the same colours
 
@@ -2814,6 +2826,7 @@ class TestMeasures(unittest.TestCase):
             evaluation.main(['--compare', *runs, str(folder / 'group-plain')])
         self.assertIn('| group | 2 |', printed.getvalue(), 'what follows the dash is no number, so no seed')
         self.assertIn('| group-plain | 1 |', printed.getvalue())
+        self.assertIn('(0.600-0.600) |  |\n', printed.getvalue(), 'no run of group ends in the same number')
         shutil.copytree(runs[0], folder / 'elsewhere' / 'group-2')
         for other, message in ((runs[0], 'given twice'),
                                (str(folder / 'elsewhere' / 'group-2'), 'a repetition of group')):
@@ -3050,7 +3063,7 @@ class TestCommands(unittest.TestCase):
                 loss, cost, fusion, scheme, denoising = (kind[i] for kind, i in zip(kinds, run))
                 flags = [x for name, value in numbers.get(scheme, {}).items() for x in (f'--{name}', str(value))]
                 out = self.root / '-'.join(map(str, run))
-                train.main([*SMALL, '--image-size', '32', '--queries', '12', '--ffn', '32', '--steps', '2', '--out',
+                train.main([*SMALL, '--queries', '12', '--ffn', '32', '--steps', '2', '--out',
                             str(out), '--scheme', scheme, '--cls-loss', loss, '--cost', cost, '--fusion', fusion,
                             '--denoising', str(denoising), '--decoder-layers', '2', *flags])
                 self.assertEqual(evaluation.read_checkpoint(str(out / 'checkpoint.pt'))['architecture'][
@@ -3533,6 +3546,21 @@ class TestCommands(unittest.TestCase):
                           self.run_train(*run, '--queries', '1', *overfit, out='-'.join(('few', *overfit))))
         self.run_train(*run, '--init', str(self.root / 'run' / 'checkpoint.pt'), out='new')
 
+    def test_boxes_of_overfit_are_those_of_its_images(self):
+        most = data.FirstImages(data.open_dataset('shapes', 'train', 64), 2).most_boxes
+        self.assertEqual(most, max(len(data.draw_shapes(0, i, 64)[2]) for i in (0, 1)))
+        for queries, told in ((most - 1, True), (most, False)):
+            said = self.run_train('--scheme', 'one2one', '--overfit', '2', '--queries', str(queries), '--steps', '1',
+                                  out=str(queries))
+            self.assertEqual(f'up to {most} boxes, but' in said, told)
+
+    def test_a_scheme_whose_groups_change_in_size_is_refused(self):
+        def row(*, progress=0.0, **numbers):
+            return matchers.query_groups(progress=progress, **{**numbers, 'n': 8 - (progress > 0.4)})
+        with unittest.mock.patch.object(train, 'query_groups', row):
+            self.refuses(r'--scheme one2one: groups of \[7\] queries at progress 0.50, but \[8\] at the start',
+                         train.main, *SMALL, '--scheme', 'one2one', '--steps', '2', '--out', str(self.root / 'new'))
+
     def test_init_from_official_weights(self):
         torch.save({'model': {name: torch.zeros(shape) for name, shape in official_entries(1, 1, 8, 91, 30).items()}},
                    self.root / 'official.pth')
@@ -3695,17 +3723,24 @@ class TestReadme(unittest.TestCase):
 
     def test_commands_are_understood(self):
         """Every command is parsed as it stands there: a flag that was renamed, or a test, is noticed."""
-        # Table cells with the flags of a scheme stand behind the names of the last section.
-        text = re.sub(r'\| `(--scheme [^`]*`) \|', r'| `$base \1 |', self.text.replace('\\\n', ' '))
+        # In the tables of the last section stand flags of train.py alone, from --scheme on or to be added to a scheme.
+        before, last = self.text.replace('\\\n', ' ').split("## The papers' tables, small")
+        text = before + re.sub(r'(\|[^|`]*)`(--[^`]*)`', r'\1`$base --scheme one2one \2`', last)
+        text = re.sub(r'`(--scheme [^`]*`)', r'`python train.py \1', text)
         block = ''.join(re.split(r'^```.*\n', text, flags=re.M)[1::2])
         values = dict(re.findall(r'^ *(\w+)="([^"]*)"', block, re.M))   # small="python train.py ..."
-        # Of a loop the first round.
-        values |= {name: text.strip('"') for name, text in re.findall(r'for (\w+) in ("[^"]*"|[^\s;]+)', block)}
-        for _ in values:
-            text = re.sub(r'\$(\w+)', lambda match: values.get(match[1], '1'), text)
-        prose, block = (''.join(re.split(r'^```.*\n', text, flags=re.M)[i::2]) for i in (0, 1))
-        lines = [*re.findall(r'`([^`\n]*python [^`]*)`', prose), *block.splitlines(),
-                 *re.findall(r'^    (.*python .*)', prose, re.M)]
+        loops = {name: shlex.split(words) for name, words in re.findall(r'for (\w+) in (.*?); do', block)}
+        values |= {name: words[0] for name, words in loops.items()}
+        lines = []
+        # Every loop goes through its values while the others have their first.
+        for one in [{}, *({name: value} for name, words in loops.items() for value in words)]:
+            filled = text
+            for _ in values:
+                filled = re.sub(r'\$(\w+)', lambda match: (values | one).get(match[1], '1'), filled)
+            prose, block = (''.join(re.split(r'^```.*\n', filled, flags=re.M)[i::2]) for i in (0, 1))
+            lines += [*re.findall(r'`([^`\n]*python [^`]*)`', prose), *block.splitlines(),
+                      *re.findall(r'^    (.*python .*)', prose, re.M)]
+        lines = dict.fromkeys(lines)
         commands = [part.split('#')[0].split() for line in lines for part in re.split(r'&&|;', line)]
         counted = dict.fromkeys(('train.py', 'eval.py', 'test_all.py'), 0)
         for command in commands:
@@ -3730,7 +3765,12 @@ class TestReadme(unittest.TestCase):
                         self.assertFalse(loader.errors)
                 except SystemExit:
                     self.fail(printed.getvalue().splitlines()[-1])
-        self.assertTrue(counted['train.py'] > 60 and counted['eval.py'] > 10 and counted['test_all.py'] > 1, counted)
+        self.assertTrue(counted['train.py'] > 80 and counted['eval.py'] > 10 and counted['test_all.py'] > 1, counted)
+
+    def test_compared_runs_have_a_row(self):
+        names = {*re.findall(r'`([\w+]+)`', self.text.split("## The papers' tables, small")[1])}
+        for common, folders in re.findall(r'runs/small/([\w+]*)\{([^}]*)\}-\?', self.text):
+            self.assertLessEqual({common + folder for folder in folders.split(',')}, names)
 
     def test_lines_and_comments(self):
         for file in ('matchers.py', 'losses.py', 'hybrid_detr.py', 'train.py', 'data.py', 'eval.py', 'test_all.py'):

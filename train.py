@@ -265,6 +265,9 @@ def loss_of(parallel: torch.nn.Module, batch, settings: dict, progress: float, n
     # truth they have to find in each layer, and what that weighs. All groups are computed at once; at inference only
     # the first exists.
     groups = query_groups(layers=layers, progress=progress, **row_of(settings))
+    if tuple(group.queries for group in groups) != model.groups:   # as the model was built
+        raise UserError(f'--scheme {settings["scheme"]}: groups of {[group.queries for group in groups]} queries at '
+                        f'progress {progress:.2f}, but {list(model.groups)} at the start: their sizes must not change')
     noised = None
     if settings['denoising']:
         noised = denoising_queries(batch.gt_labels, batch.gt_boxes, model.num_classes, settings['denoising'])
@@ -399,17 +402,18 @@ def open_data(settings: dict):
     common = dict(size=settings['image_size'], seed=settings['seed'])
     train_set = open_dataset(settings['data'], 'train', **common, augment=not settings['overfit'],
                              vertical_flip=settings['vertical_flip'])
+    if settings['overfit']:   # as they are, without augmentation
+        train_set = FirstImages(train_set, settings['overfit'])
     if train_set.most_boxes > settings['n']:
         print(f'{settings["data"]}: an image has up to {train_set.most_boxes} boxes, but the detector has '
               f'{settings["n"]} queries: it cannot find them all (--queries)')
-    if settings['overfit']:   # as they are, without augmentation
-        few = FirstImages(train_set, settings['overfit'])
-        return few, few
+    if settings['overfit']:
+        return train_set, train_set
     val_set = open_dataset(settings['data'], 'val', **common)
     if (train_set.categories.ids, train_set.categories.names) != (val_set.categories.ids, val_set.categories.names):
         raise UserError(f'{settings["data"]}: training and validation annotations have other categories '
                         f'({len(train_set.categories)} and {len(val_set.categories)} of them)')
-    if settings['dense_o2o']:
+    if settings['dense_o2o']:   # some of its images may have more boxes than queries, too
         train_set = DenseOneToOne(train_set, settings['image_size'], settings['vertical_flip'], settings['seed'])
     return train_set, val_set
 
@@ -900,7 +904,7 @@ def check(settings: dict) -> None:
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
             raise UserError(f'{flag(name, settings[name])}: choose from {", ".join(choices)}')
-    for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=32, steps=1, ffn=1,
+    for name, least in dict(n=1, T=0, K=1, G=1, L1=0, weight=0, rho=0, batch_size=1, image_size=64, steps=1, ffn=1,
                             decoder_layers=1, overfit=0, lr=0, warmup=0, dropout=0, weight_decay=0, seed=0,
                             class_weight=0, mal_gamma=1, cost_class=0, f2=0, denoising=0, ema=0, unstable=0,
                             accumulate=1).items():
