@@ -12,7 +12,6 @@ import json
 import math
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -172,7 +171,6 @@ def draw_shapes(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.
 
 class ShapesDataset(Dataset):
     """`length` images of `size` x `size` pixels; train and val are drawn with different seeds."""
-    most_boxes = 12   # of an image
 
     def __init__(self, split: str = 'train', length: int = 8000, size: int = 128, seed: int = 0):
         self.split, self.length, self.size, self.seed = split, length, size, 2 * seed + (split != 'train')
@@ -193,6 +191,10 @@ class ShapesDataset(Dataset):
         boxes = box_convert(target['boxes'].as_subclass(Tensor) / self.size, 'xyxy', 'cxcywh')
         return Sample(normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes, image_id,
                       (self.size, self.size), name)
+
+    def most_boxes(self, n: int | None = None) -> int:
+        """Of an image, of the first n or of all."""
+        return 12 if n is None else max(len(draw_shapes(self.seed, i, self.size)[2]) for i in range(n))
 
     def coco_json(self, n: int | None = None) -> dict:
         """Of all images, or of the first n. Every image is drawn anew: only drawing tells its boxes."""
@@ -396,7 +398,6 @@ class CocoFolder(Dataset):
                   f'image and do not train; the first is in {example}')
         if not self.usable.any():
             raise UserError(f'{file} has no box with an area')
-        self.most_boxes = int(np.bincount(owner[self.usable]).max())   # of an image
         self.corners = corners.astype(np.float32)
         self.labels = np.array([self.categories.label_of[i] for i in category_ids.tolist()], dtype=np.int64)
         self.transforms = train_transforms(size, vertical_flip) if augment else resize_to(size)
@@ -430,6 +431,11 @@ class CocoFolder(Dataset):
         seed = int(np.random.RandomState([self.seed, epoch, index]).randint(2 ** 31 - 1))   # one number out of three
         return Sample(*transformed(self.transforms, seed, image, target), image_id, (image.height, image.width), name)
 
+    def most_boxes(self, n: int | None = None) -> int:
+        """The most that an image, of the first n or of all, trains with."""
+        images = self.images[:n]
+        return max(int(self.usable[a:b].sum()) for a, b in zip(self.first_row, self.first_row[1:len(images) + 1]))
+
     def coco_json(self, n: int | None = None) -> dict:
         """As ShapesDataset.coco_json; with the boxes as the file has them, crowds too: COCOeval ignores them."""
         images = self.images[:n]
@@ -459,10 +465,8 @@ class FirstImages(Dataset):
     def coco_json(self, n: int | None = None) -> dict:
         return self.dataset.coco_json(self.n if n is None else min(n, self.n))
 
-    @property
     def most_boxes(self) -> int:
-        of_images = Counter(row['image_id'] for row in self.coco_json()['annotations'] if not row['iscrowd'])
-        return max(of_images.values(), default=0)
+        return self.dataset.most_boxes(self.n)
 
 
 def open_dataset(name: str, split: str, size: int, augment: bool = False, vertical_flip: bool = False,

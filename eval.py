@@ -774,8 +774,8 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
         speed = np.mean([run.speed for run in repetitions])
         rows.append(f'| {name} | {len(last)} | {last[0]["step"]} | {" | ".join(cells[key] for key in MEASURES)} | '
                     f'{speed:.1f} |')
-        less = ' '.join(f'{ap - ap_of[reference][number]:+.3f}' for number, ap in ap_of[name].items()
-                        if name != reference and number in ap_of[reference])
+        less = ' '.join(f'{ap - ap_of[reference][number]:+.3f}' if number in ap_of[reference] else '-'
+                        for number, ap in ap_of[name].items() if name != reference)
         finer_rows.append(f'| {name} | {" | ".join(cells[key] for key in FINER_MEASURES)} | {less} |')
         ap = np.array([[record['AP'] for record in run.evaluations] for run in repetitions])
         lines[name] = [record['step'] for record in repetitions[0].evaluations], ap.mean(0), ap.min(0), ap.max(0)
@@ -1189,7 +1189,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--data', help="'shapes' or a folder in the COCO layout (default what it was trained on)")
     parser.add_argument('--split', choices=('val', 'train'),
                         help='part of the data (default val; of an --overfit run the images it was trained on)')
-    parser.add_argument('--image-size', type=int, help='short side of the resized images (default as in training)')
+    parser.add_argument('--image-size', type=int,
+                        help='short side of the resized images, from 64 on (default as in training)')
     parser.add_argument('--batch-size', type=int,
                         help='images at a time (default as in training, official 2); their padding enters the '
                              'GroupNorm, so it moves the result a little')
@@ -1215,7 +1216,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help='PNG of --pictures (default predictions.png)')
     group = parser.add_argument_group('comparison of runs, instead of an evaluation')
     group.add_argument('--compare', nargs='+', metavar='RUN',
-                       help='folders of train.py, of which NAME-1, NAME-2, .. are seeds of one row')
+                       help='folders of train.py, of which NAME-1, NAME-2, .. are seeds of one row; with the '
+                       'differences of AP from the first row')
     group.add_argument('--curves', metavar='FILE', help='with --compare: draw AP over the steps, and its '
                        'difference from the first run, to this PNG')
     group.add_argument('--unstable-curves', metavar='FILE',

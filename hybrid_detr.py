@@ -589,7 +589,7 @@ class HybridDETR(nn.Module):
                tokens: Tensor, where: Geometry) -> tuple[Tensor, Tensor]:
         """Iterative refinement (Deformable DETR): every layer moves the boxes -> (L,B,N,C), (L,B,N,4).
 
-        boxes (B,N,4), content and position (B,N,D), sizes and groups as in GroupSelfAttention, tokens (B,S,D).
+        boxes (B,N,4), tokens (B,S,D), content, position (B,N,D), sizes and denoising_groups as in GroupSelfAttention.
         Each layer has heads of its own. The position code stays that of the proposal (official code; DINO computes it
         anew from the boxes of the layer before).
 

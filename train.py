@@ -404,8 +404,8 @@ def open_data(settings: dict):
                              vertical_flip=settings['vertical_flip'])
     if settings['overfit']:   # as they are, without augmentation
         train_set = FirstImages(train_set, settings['overfit'])
-    if train_set.most_boxes > settings['n']:
-        print(f'{settings["data"]}: an image has up to {train_set.most_boxes} boxes, but the detector has '
+    if train_set.most_boxes() > settings['n']:
+        print(f'{settings["data"]}: an image has up to {train_set.most_boxes()} boxes, but the detector has '
               f'{settings["n"]} queries: it cannot find them all (--queries)')
     if settings['overfit']:
         return train_set, train_set
@@ -810,7 +810,7 @@ def parse(argv: list[str] | None = None) -> dict:
     add('--no-pretrained', dest='pretrained', action='store_false',
         help='start the backbone from scratch and train its batch norm (always so for tiny)')
     add = parser.add_argument_group('optimisation').add_argument
-    add('--image-size', type=int, help='largest short side of the images (tiny 128 or 192, else 800)')
+    add('--image-size', type=int, help='largest short side of the images, from 64 on (tiny 128 or 192, else 800)')
     add('--vertical-flip', action='store_true', help='for photographs without an up, as from a microscope')
     add('--batch-size', type=int, help='images of a step, per process (tiny 16 or 4, else 2)')
     add('--accumulate', type=int, help='batches whose gradients are added up for a step (default 1)')
