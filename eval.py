@@ -791,7 +791,7 @@ def compare(folders: list[str], picture: str | None = None, unstable: str | None
     print(f'| run | seeds | steps | {" | ".join(MEASURES)} | images/s |', '|---' * 7 + '|', *rows, sep='\n')
     print(f'\n| run | {" | ".join(FINER_MEASURES)} | AP less that of {reference}, run by run |', '|---' * 7 + '|',
           *finer_rows, sep='\n')
-    print('\nmean (lowest-highest) over the seeds, - if one of them has no such number; images/s: mean over the seeds '
+    print('\nmean (lowest-highest) over the seeds, - where a number is missing; images/s: mean over the seeds '
           'of the\nmedian in training, which compares only runs on a machine that was as busy')
     if picture:
         def limits(lines):   # from the first evaluation on: the differences at the end are small
@@ -1219,7 +1219,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                        help='folders of train.py, of which NAME-1, NAME-2, .. are seeds of one row; with the '
                        'differences of AP from the first row')
     group.add_argument('--curves', metavar='FILE', help='with --compare: draw AP over the steps, and its '
-                       'difference from the first run, to this PNG')
+                       'difference from the mean of the first row, to this PNG')
     group.add_argument('--unstable-curves', metavar='FILE',
                        help='with --compare: draw the last unstable scores over the layers, of runs with --unstable')
     group = parser.add_argument_group('matching and losses by themselves, instead of an evaluation')
