@@ -440,8 +440,8 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
 
     The row of N queries, the first group of the model in its last layer, is cut as each scheme would cut it, with three
     copies where copies are. A line leads from the middle of a query's box, or beside it where the number of another one
-    stands, to the ground truth that it has to find, in the colour of its group. Raises UserError for an image without
-    objects, or for fewer than 4 queries.
+    stands, to the ground truth that it has to find; colour and number, from 0, are those of its group. Raises UserError
+    for an image without objects, or for fewer than 4 queries.
     """
     batch = collate([dataset[0, index]])   # of epoch 0
     with evaluating(model) as device:
@@ -489,7 +489,7 @@ def draw_matches(model: HybridDETR, dataset: Dataset, ids: list[int], path: str,
             pen.line((x, y, *end), colour, 5)
         for query, (x, y), _ in reversed(lines):
             pen.ellipse((x - 14, y - 14, x + 14, y + 14), COLOURS[group_of[query]], 'white', 3)
-            pen.text((x, y), str(group_of[query] + 1), 'white', ImageFont.load_default(size=20), anchor='mm')
+            pen.text((x, y), str(group_of[query]), 'white', ImageFont.load_default(size=20), anchor='mm')
         pictures.append(v2.functional.pil_to_tensor(picture.reduce(2)))
     save_grid([pictures[:2], pictures[2:]], path)
 

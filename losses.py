@@ -7,7 +7,8 @@ sigmoid(logit),
     weight * BCE(p, t) = weight * (-t log p - (1-t) log(1-p))
 
 A matched query has one matched entry, in the column of its ground truth's class; its other C - 1, and all C of the
-other queries, are not matched. In the table s is the IoU of a matched query with its ground truth:
+other queries, are not matched. In the table s is the IoU of a matched query with its ground truth (q on the DEIM
+slides):
 
     loss     source                matched: t and weight       not matched: t = 0 and weight    a match at IoU 0
     ce       DETR                  softmax: -log p             0.1: -0.1 log p(no object)       counts in full
@@ -15,7 +16,7 @@ other queries, are not matched. In the table s is the IoU of a matched query wit
     focal    Deformable DETR,      1, alpha (1-p)^2            (1-alpha) p^2, alpha = 1/4       counts in full
              DEIM slides           (Stable-DINO Eq. 1: without alpha)
     vfl      DEIM slides           s, s                        3/4 p^2 (numbers of the code)    is background
-    mal      DEIM slides, Eq. 3    s^g, 1                      p^g, g = 1.5                     pushed to 0, weight 1
+    mal      DEIM slides, Eq. 3    s^gamma, 1                  p^gamma, gamma = 1.5             pushed to 0, weight 1
     stable   Stable-DINO, Eq. 3    f1(s), |f1(s)-p|^2          p^2                              is background
 
 ce, bce and focal ask every matched query for score 1; vfl, mal and stable for as much as its box deserves. No gradient
@@ -23,7 +24,7 @@ flows through s (official codes): the score learns from the box, never the box f
 
 Where paper and released code part ways, the paper's form is the default and `official=True` the code's:
     vfl     a match at IoU 0 costs nothing, and p^2 in the weight is not differentiated (DEIM)
-    mal     p^g is not differentiated (DEIM; the slides say nothing on gradients)
+    mal     p^gamma is not differentiated (DEIM; the slides say nothing on gradients)
     stable  positives weigh 1/4, negatives 3/4 (Stable-DINO)
 Stable-DINO's exponent 2 is its code's, since the paper gives none. Not taken from there: F1's exp and sin of s^2
 instead of s, and a rescale that never scales down.
@@ -73,7 +74,7 @@ class LossSettings(NamedTuple):
     """What the class loss is, and weighs."""
     cls_loss: str = 'focal'     # a name of CLASS_WEIGHTS
     class_weight: float | None = None   # None: CLASS_WEIGHTS
-    mal_gamma: float = 1.5      # g above, at least 1 (official code of DEIM; the slides give none)
+    mal_gamma: float = 1.5      # gamma above, at least 1 (official code of DEIM; the slides give none)
     f1: str = 's2'              # stable: a name of F1
     rescale: str = 'one'        # stable: one, max-iou or none
     official: bool = False      # vfl, mal, stable: the released code's form

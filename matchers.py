@@ -24,6 +24,9 @@ The letters, the same in every file of this project unless it says otherwise:
     P matched pairs        D width of a token     V levels of the pyramid        E pairs of encoder heads (box, class)
     n queries of the first group, T of the second (branch)    L1 first layers that are one-to-many (layer)
 
+Where the papers write otherwise: n is N in Group DETR, and M and N in H-DETR's epoch and layer; M is m, and the K of
+epoch has a tilde.
+
 Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are corners.
 
 One toy through all schemes: 6 queries, ground truths A and B, and what each pair costs, the same in both of its decoder
@@ -98,7 +101,7 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
         # H-DETR §3.2.2, Eq. 3: sum over l of loss(P_l, K gt) for the first rho of training; then Eq. 4, as Eq. 1.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
         # H-DETR §3.2.2, Eq. 5 and 6: sum over l <= L1 of loss(P_l, K gt), plus sum over l > L1 of loss(P_l, gt). (As
-        # printed, the two sums overlap: Eq. 6 begins with L1. The text, and the 504 positives of §4.2, mean this.)
+        # printed they overlap: Eq. 5 runs to L, Eq. 6 from L1. The text, and the 504 positives of §4.2, mean this.)
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
         # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses. Groups must not see each other (Eq. 5):
         # a query would find those of others on its object and learn to count on them, and at inference they are gone
@@ -351,14 +354,14 @@ if __name__ == '__main__':
     for name, of_gt in zip('AB', TOY_COST.T.tolist()):
         print(f'cost {name}:  {"  ".join(f"q{q} {cost:g}" for q, cost in enumerate(of_gt))}')
     print('\nWhat q0 to q5 have to find (. nothing, | the next group), early and late in training:')
-    print(f'{"scheme":10}{"numbers":15}{"groups":13}{"first layer, early":21}{"last layer, early":20}last layer, late')
+    print(f'{"scheme":10}{"numbers":17}{"groups":13}{"first layer, early":21}{"last layer, early":20}last layer, late')
     for scheme, numbers in TOY_ROWS.items():
         cells = []
         for layer, progress in ((0, 0.0), (1, 0.0), (1, 1.0)):
             groups, found = toy(scheme, layer, progress)
             letters = iter(found)
             cells.append(' | '.join(' '.join(next(letters) for _ in range(group.queries)) for group in groups))
-        print(f'{scheme:10}{" ".join(f"{k}={v}" for k, v in numbers.items()):15}'
+        print(f'{scheme:10}{" ".join(f"{k}={v}" for k, v in numbers.items()):17}'
               f'{" | ".join(str(group.queries) for group in groups):13}{cells[0]:21}{cells[1]:20}{cells[2]}')
     print('\nWith K = 2 in one group of 6, both A and B cost least at q0 and q2: each gets one of these and one that '
           'costs it more,\nso that all four together cost least.')
