@@ -24,8 +24,8 @@ The letters, the same in every file of this project unless it says otherwise:
     P matched pairs        D width of a token     V levels of the pyramid        E pairs of encoder heads (box, class)
     n queries of the first group, T of the second (branch)    L1 first layers that are one-to-many (layer)
 
-Where the papers write otherwise: n is N in Group DETR, and M and N in H-DETR's epoch and layer; M is m, and the K of
-epoch has a tilde.
+Where the papers write otherwise: Group DETR's N is n here. In H-DETR n is M for epoch and N for layer, its m is M here,
+and epoch's K has a tilde.
 
 Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are corners.
 
