@@ -173,8 +173,8 @@ def detections(outputs: Outputs, sizes: list[tuple[int, int]], top: int = 100, n
     IoU `nms`, the best 10 * top are thinned out first: else duplicates would take the places of other objects.
     softmax: of a model trained with cross-entropy.
     """
-    # Every (query, class) is a candidate; all of an image are ranked at once. AP needs no threshold, only an order,
-    # of which COCO looks at the best 100.
+    # Every (query, class) is a candidate; all of an image are ranked at once. AP needs no threshold, only an order.
+    # COCO looks at the best 100 of each class in an image; 100 of all classes is Deformable DETR's and H-DETR's choice.
     probability = class_scores(outputs.pred_logits[-1].float(), softmax)                            # (B, N, C)
     B, N, C = probability.shape
     scores, flat = probability.flatten(1).topk(min(top if nms is None else 10 * top, N * C), 1)     # (B, k)

@@ -1214,11 +1214,11 @@ class TestExercises(unittest.TestCase):
         boxes.requires_grad_()
         logits = torch.randn(2, 2, 4, 2, requires_grad=True)
 
-        def parts(pairs, groups, num_boxes=3.0, why=''):   # (layer, image, query, gt of the batch)
+        def parts(pairs, groups, num_boxes=3.0, why='', how=losses.LossSettings()):   # (layer, image, query, gt)
             matches = Matches(*torch.tensor(pairs, dtype=torch.int64).view(-1, 4).T)
             found = self.attempt('set_loss returns the class, L1 and GIoU loss and the IoU of every pair; gt counts '
                                  f'through the batch, here 0 to 2. This case, {len(pairs)} pairs: {why}',
-                                 losses.set_loss, logits, boxes, labels, gt, matches, groups, num_boxes)
+                                 losses.set_loss, logits, boxes, labels, gt, matches, groups, num_boxes, how)
             self.assertTrue(isinstance(found, tuple) and len(found) == 4, 'return a tuple of four, the class, L1 and '
                             f'GIoU loss and the IoU of every pair, not {type(found).__name__} {found}')
             return found
@@ -1277,6 +1277,9 @@ class TestExercises(unittest.TestCase):
                                'its gradient is not, so something is detached. ' + (
                                    'Unmatched queries learn from the class loss, too, and the weights (1-p)^2 and p^2 '
                                    'are differentiated' if i == 0 else 'All four numbers of a matched box learn'))
+        why = 'how.class_weight, here 1/2, takes the place of the loss\'s own weight in CLASS_WEIGHTS, 2'
+        self.close(parts(pair, one, 1.0, why, losses.LossSettings(class_weight=0.5))[0],
+                   by_hand(pair, one, 1.0)[0].detach() / 4, f'class loss. {why}')
         for pairs in (pair, [whole[i] for i in (4, 0, 5, 2, 1, 3)], []):   # matches are not in the order of layers
             ious = [box_iou(*(box_convert(x[None].detach(), 'cxcywh', 'xyxy')
                               for x in (boxes[l, b, q], torch.cat(gt)[m])))[0, 0] for l, b, q, m in pairs]
@@ -1419,6 +1422,12 @@ class TestExercisesCatch(unittest.TestCase):
                 return solution(x, boxes, labels, gts, matches, [g._replace(**missing) for g in groups], *rest)
             with unittest.mock.patch.object(losses, 'set_loss', wrong):
                 self.caught('test_7_set_loss', message)
+
+    def test_a_loss_with_one_class_weight(self):
+        def wrong(*args, solution=losses.set_loss):
+            return solution(*args[:7])
+        with unittest.mock.patch.object(losses, 'set_loss', wrong):
+            self.caught('test_7_set_loss', 'how.class_weight, here 1/2')
 
     def test_denoising_with_other_numbers(self):
         solution = hybrid_detr.GroupSelfAttention.forward
