@@ -874,7 +874,7 @@ class TestSchemes(unittest.TestCase):
                                            QueryGroup(1500, (6,) * 6, 1.0, proposal_copies=7)])
         self.assertEqual(paper['layer'], [QueryGroup(1800, (10, 10, 10, 10, 1, 1))])
         self.assertEqual(paper['group'], [QueryGroup(300, (1,) * 6, 1 / 11)] * 11)
-        with self.assertRaisesRegex(ValueError, 'unknown scheme'):
+        with self.assertRaisesRegex(ValueError, 'one2two'):
             query_groups('one2two', 6, n=3)
 
     def test_504_positives(self):
@@ -1217,7 +1217,8 @@ class TestExercises(unittest.TestCase):
         def parts(pairs, groups, num_boxes=3.0, why='', how=losses.LossSettings()):   # (layer, image, query, gt)
             matches = Matches(*torch.tensor(pairs, dtype=torch.int64).view(-1, 4).T)
             found = self.attempt('set_loss returns the class, L1 and GIoU loss and the IoU of every pair; gt counts '
-                                 f'through the batch, here 0 to 2. This case, {len(pairs)} pairs: {why}',
+                                 'through the batch, here 0 to 2; how is LossSettings, with None for a weight that is '
+                                 f'not given. This case, {len(pairs)} pairs: {why}',
                                  losses.set_loss, logits, boxes, labels, gt, matches, groups, num_boxes, how)
             self.assertTrue(isinstance(found, tuple) and len(found) == 4, 'return a tuple of four, the class, L1 and '
                             f'GIoU loss and the IoU of every pair, not {type(found).__name__} {found}')
@@ -1245,8 +1246,9 @@ class TestExercises(unittest.TestCase):
         copied = [QueryGroup(2, (1, 1)), QueryGroup(2, (2, 1), 0.5)]
         for pairs, groups, num_boxes, why in (
                 (pair, one, 1.0, 'one pair: layer 0, image 1, query 2, and ground truth 1 of the batch, the first box '
-                 'of image 1. 5 * L1 of (cx, cy, w, h), 2 * (1 - GIoU), 2 * focal loss. All queries, of all layers and '
-                 'images, are background but for the pair, which is positive in its class only'),
+                 'of image 1. 5 * L1 of (cx, cy, w, h), 2 * (1 - GIoU of corners), 2 * focal loss, each a sum. All '
+                 'queries, of all layers and images, are background but for the pair, which is positive in its class '
+                 'only'),
                 (pair, one, 4.0, 'all parts are divided by the number of ground truth boxes of the batch, here 4'),
                 (pair, one, 0.0, 'a divisor below 1 counts as 1'),
                 (whole, one, 3.0, 'six pairs in two layers and two images. gt counts through the batch: 1 is the first '
@@ -1265,7 +1267,8 @@ class TestExercises(unittest.TestCase):
                  'of 1, 2 and 1 queries: sizes may differ')):
             found, wanted = parts(pairs, groups, num_boxes, why), by_hand(pairs, groups, num_boxes)
             for i, name in ((1, 'L1'), (2, 'GIoU'), (0, 'class')):
-                self.assertIsInstance(found[i], torch.Tensor, f'{name} loss: return a tensor, not a number')
+                self.assertIsInstance(found[i], torch.Tensor, f'{name} loss: return a tensor, not a number, in every '
+                                      f'case. {why}')
                 self.close(found[i].float(), wanted[i].detach(), f'{name} loss. {why}')
                 if i == 0 or pairs:
                     learner = logits if i == 0 else boxes
@@ -1277,9 +1280,10 @@ class TestExercises(unittest.TestCase):
                                'its gradient is not, so something is detached. ' + (
                                    'Unmatched queries learn from the class loss, too, and the weights (1-p)^2 and p^2 '
                                    'are differentiated' if i == 0 else 'All four numbers of a matched box learn'))
-        why = 'how.class_weight, here 1/2, takes the place of the loss\'s own weight in CLASS_WEIGHTS, 2'
-        self.close(parts(pair, one, 1.0, why, losses.LossSettings(class_weight=0.5))[0],
-                   by_hand(pair, one, 1.0)[0].detach() / 4, f'class loss. {why}')
+        for x, why in ((0.5, 'how.class_weight, here 1/2, takes the place of the weight in CLASS_WEIGHTS, 2'),
+                       (0.0, 'how.class_weight may be 0; only None stands for the weight in CLASS_WEIGHTS')):
+            self.close(parts(pair, one, 1.0, why, losses.LossSettings(class_weight=x))[0],
+                       by_hand(pair, one, 1.0)[0].detach() * x / 2, f'class loss. {why}')
         for pairs in (pair, [whole[i] for i in (4, 0, 5, 2, 1, 3)], []):   # matches are not in the order of layers
             ious = [box_iou(*(box_convert(x[None].detach(), 'cxcywh', 'xyxy')
                               for x in (boxes[l, b, q], torch.cat(gt)[m])))[0, 0] for l, b, q, m in pairs]
@@ -1424,10 +1428,17 @@ class TestExercisesCatch(unittest.TestCase):
                 self.caught('test_7_set_loss', message)
 
     def test_a_loss_with_one_class_weight(self):
-        def wrong(*args, solution=losses.set_loss):
+        solution = losses.set_loss
+
+        def never(*args):
             return solution(*args[:7])
-        with unittest.mock.patch.object(losses, 'set_loss', wrong):
-            self.caught('test_7_set_loss', 'how.class_weight, here 1/2')
+
+        def unless_0(*args):
+            how = args[7]
+            return solution(*args[:7], how._replace(class_weight=how.class_weight or None))
+        for wrong, message in ((never, 'how.class_weight, here 1/2'), (unless_0, 'may be 0')):
+            with unittest.mock.patch.object(losses, 'set_loss', wrong):
+                self.caught('test_7_set_loss', message)
 
     def test_denoising_with_other_numbers(self):
         solution = hybrid_detr.GroupSelfAttention.forward
