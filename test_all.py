@@ -1282,8 +1282,10 @@ class TestExercises(unittest.TestCase):
                                    'are differentiated' if i == 0 else 'All four numbers of a matched box learn'))
         for x, why in ((0.5, 'how.class_weight, here 1/2, takes the place of the weight in CLASS_WEIGHTS, 2'),
                        (0.0, 'how.class_weight may be 0; only None stands for the weight in CLASS_WEIGHTS')):
-            self.close(parts(pair, one, 1.0, why, losses.LossSettings(class_weight=x))[0],
-                       by_hand(pair, one, 1.0)[0].detach() * x / 2, f'class loss. {why}')
+            found = parts(pair, one, 1.0, why, losses.LossSettings(class_weight=x))
+            for i, (part, wanted) in enumerate(zip(found, by_hand(pair, one, 1.0))):
+                self.close(part, wanted.detach() * (1 if i else x / 2), f'{("class", "L1", "GIoU")[i]} loss. {why}; '
+                           'the box losses have weights of their own, 5 and 2')
         for pairs in (pair, [whole[i] for i in (4, 0, 5, 2, 1, 3)], []):   # matches are not in the order of layers
             ious = [box_iou(*(box_convert(x[None].detach(), 'cxcywh', 'xyxy')
                               for x in (boxes[l, b, q], torch.cat(gt)[m])))[0, 0] for l, b, q, m in pairs]
@@ -1436,7 +1438,12 @@ class TestExercisesCatch(unittest.TestCase):
         def unless_0(*args):
             how = args[7]
             return solution(*args[:7], how._replace(class_weight=how.class_weight or None))
-        for wrong, message in ((never, 'how.class_weight, here 1/2'), (unless_0, 'may be 0')):
+
+        def of_boxes_too(*args):
+            x = args[7].class_weight
+            return tuple(part * (1 if x is None or i in (0, 3) else x / 2) for i, part in enumerate(solution(*args)))
+        for wrong, message in ((never, 'how.class_weight, here 1/2'), (unless_0, 'may be 0'),
+                               (of_boxes_too, 'weights of their own')):
             with unittest.mock.patch.object(losses, 'set_loss', wrong):
                 self.caught('test_7_set_loss', message)
 
