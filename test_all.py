@@ -1217,8 +1217,8 @@ class TestExercises(unittest.TestCase):
         def parts(pairs, groups, num_boxes=3.0, why='', how=losses.LossSettings()):   # (layer, image, query, gt)
             matches = Matches(*torch.tensor(pairs, dtype=torch.int64).view(-1, 4).T)
             found = self.attempt('set_loss returns the class, L1 and GIoU loss and the IoU of every pair; gt counts '
-                                 'through the batch, here 0 to 2; how is LossSettings, with None for a weight that is '
-                                 f'not given. This case, {len(pairs)} pairs: {why}',
+                                 'through the batch, here 0 to 2; how is a LossSettings, whose class_weight is None if '
+                                 f'none is given. This case, {len(pairs)} pairs: {why}',
                                  losses.set_loss, logits, boxes, labels, gt, matches, groups, num_boxes, how)
             self.assertTrue(isinstance(found, tuple) and len(found) == 4, 'return a tuple of four, the class, L1 and '
                             f'GIoU loss and the IoU of every pair, not {type(found).__name__} {found}')
@@ -1284,8 +1284,8 @@ class TestExercises(unittest.TestCase):
                        (0.0, 'how.class_weight may be 0; only None stands for the weight in CLASS_WEIGHTS')):
             found = parts(pair, one, 1.0, why, losses.LossSettings(class_weight=x))
             for i, (part, wanted) in enumerate(zip(found, by_hand(pair, one, 1.0))):
-                self.close(part, wanted.detach() * (1 if i else x / 2), f'{("class", "L1", "GIoU")[i]} loss. {why}; '
-                           'the box losses have weights of their own, 5 and 2')
+                self.close(part, wanted.detach() * (1 if i else x / 2), f'{("class", "L1", "GIoU")[i]} loss. {why}'
+                           + '; the box losses have weights of their own, 5 and 2' * (i > 0))
         for pairs in (pair, [whole[i] for i in (4, 0, 5, 2, 1, 3)], []):   # matches are not in the order of layers
             ious = [box_iou(*(box_convert(x[None].detach(), 'cxcywh', 'xyxy')
                               for x in (boxes[l, b, q], torch.cat(gt)[m])))[0, 0] for l, b, q, m in pairs]
