@@ -3381,7 +3381,7 @@ class TestCommands(unittest.TestCase):
                 self.refuses('line 1 of .*metrics.jsonl is no record', call[0], call[1], str(self.root / 'run'))
 
     def test_damaged_checkpoints_of_a_run(self):
-        """40 more, by the entrances that read more of the file: each goes on, or ends in one line."""
+        """24 more, by the entrances that read more of the file: each goes on, or ends in one line."""
         small = dict(width=32, heads=2, encoder_layers=1)
         self.enterContext(unittest.mock.patch.dict(train.TINY_MODEL, small))
         self.enterContext(unittest.mock.patch.dict(train.TINY, decoder_layers=1))
@@ -3394,7 +3394,7 @@ class TestCommands(unittest.TestCase):
         content, rng, refused = evaluation.read_checkpoint(str(path)), np.random.RandomState(0), 0
         junk = (None, 3, -1, 'x', torch.zeros(2), [], {}, math.nan, torch.zeros(1).expand(32, 32),
                 torch.tensor([math.inf]), torch.zeros(2, 2).to_sparse(), torch.zeros(2, device='meta'))
-        for i in range(40):
+        for i in range(24):
             broken = copy.deepcopy(content)
             optimizer = broken['optimizer']
             place = [broken, broken['settings'], broken['model'], broken['trained_model'], broken['categories'],
@@ -3415,7 +3415,7 @@ class TestCommands(unittest.TestCase):
                     except data.UserError as error:
                         refused += 1
                         self.assertNotIn('\n', str(error))
-        self.assertGreater(refused, 30)
+        self.assertGreater(refused, 18)
         # The right shape, and wrong memory behind it: a single number, or channels in another order.
         convolution = next(i for i, state in content['optimizer']['state'].items() if state['exp_avg'].dim() == 4)
         for i, wrong in ((3, lambda x: torch.zeros(1).expand(x.shape)), (convolution, lambda x: x.contiguous())):
