@@ -120,7 +120,7 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
 def expected_positives(scheme: str, layers: int, epochs: float, **row) -> float:
     """Positive queries of one ground truth in a whole training, all layers and groups, if there are queries enough
     (H-DETR §4.2: 504 in 12 epochs for all its schemes)."""
-    moments = 3000   # of training, evenly spread: so it holds for any row of the table
+    moments = 600   # of training, evenly spread: so it holds for any row of the table
     positives = sum(sum(group.copies) for moment in range(moments)
                     for group in query_groups(scheme, layers, (moment + 0.5) / moments, **row))
     return epochs * positives / moments
