@@ -1,18 +1,24 @@
-"""The detector of the papers: two-stage Deformable DETR, whose query row is cut into groups that do not see each other.
+"""The detector of the papers: two-stage Deformable DETR with a query row that is cut into groups.
 
-    image -> backbone -> pyramid of V levels, flattened to S tokens -> encoder (deformable self-attention)
-          -> every token proposes a box; the best N become queries -> decoder -> a box and C class scores per query
+    image -> backbone -> pyramid of V levels, flattened to S tokens -> encoder
+          -> every token proposes a box; the best proposals become the N queries
+          -> decoder -> a box and C class scores per query
 
-Letters: B images, L decoder layers, N queries of the row, n of one group, G groups, C classes, S tokens (cells of all
-levels), D width, d = D / heads, V levels of h x w cells, J sampling points per level, E pairs of encoder heads. Shapes
-are written behind the line that makes them.
-Boxes are (cx, cy, w, h) as fractions of the image; a mask is True at padding.
+Queries of different groups do not see each other. Training runs all groups, and inference only
+the first.
 
-Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR (equal groups, A.2),
-DINO (mixed query selection, look forward twice, denoising), Stable-DINO (memory fusion).
-"Official code" is HDETR/H-Deformable-DETR, whose checkpoints load with `from_official` and give the same outputs.
-This file needs torch and torchvision only, and can be copied alone; `python hybrid_detr.py` prints the shape behind
-every stage.
+Letters: B images, L decoder layers, N queries of the row, n queries of one group, G groups,
+C classes, S tokens (cells of all levels), D width, d = D / heads, V levels of h x w cells,
+J sampling points per level, E pairs of encoder heads. A shape stands behind the line that makes it.
+Boxes are (cx, cy, w, h) as fractions of the image. A mask is True at padding.
+
+Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR
+(equal groups, A.2), DINO (mixed query selection, look forward twice, denoising), Stable-DINO
+(memory fusion). "Official code" is HDETR/H-Deformable-DETR. Its checkpoints load with
+`from_official` and give the same outputs.
+
+This file needs torch and torchvision only, and can be copied alone. `python hybrid_detr.py` prints
+the shape behind every stage.
 """
 import copy
 import math
@@ -30,37 +36,42 @@ from torchvision.ops import FrozenBatchNorm2d
 
 
 class Outputs(NamedTuple):
-    """All that matching and losses need."""
-    pred_logits: Tensor      # (L, B, N, C): before the sigmoid, class c of 0..C-1 in column c, no background column;
-    #                          with softmax (L, B, N, C+1), the last for "no object"
-    pred_boxes: Tensor       # (L, B, N, 4); N counts the denoising queries in training
-    encoder_logits: Tensor   # (1, B, E*S, C): one "layer" of E groups. Column 0, "object or not", ranks the tokens; the
-    #                          others learn that nothing is there, and are kept for the official checkpoints
-    encoder_boxes: Tensor    # (1, B, E*S, 4)
+    """Predictions of the decoder and the encoder; classes are logits without a background column.
+
+    The encoder is one more "layer" of E groups. Its class column 0 means "object" and ranks the
+    tokens. Its other columns learn background, and are kept for the official checkpoints.
+    """
+    pred_logits: Tensor  # (L, B, N, C); with softmax (L, B, N, C+1), the last is "no object"
+    pred_boxes: Tensor  # (L, B, N, 4); in training N includes the denoising queries
+    encoder_logits: Tensor  # (1, B, E*S, C)
+    encoder_boxes: Tensor  # (1, B, E*S, 4)
 
 
 class TooFewTokens(ValueError):
-    """An image is too small to choose the queries from."""
+    """An image has fewer tokens than there are queries to choose."""
 
 
-# --- Backbones ------------------------------------------------------------------------------------------------------
+# --- Backbones ---
 
 class TinyBackbone(nn.Sequential):
-    """Strides 8, 16, 32 from scratch: small enough to train on a laptop. (B,3,H,W) -> three maps.
+    """Maps of stride 8, 16, 32 from scratch, for training on a laptop: (B,3,H,W) -> three maps.
 
-    Most of a small detector's time goes into the transformer, so the convolutions can afford residual blocks.
+    Most of a small detector's time goes into the transformer, so residual blocks are affordable.
     """
     channels = (128, 192, 256)
 
     def __init__(self):
         def conv(c_in, c_out, stride):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+            convolution = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+            return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU())
         super().__init__(
-            nn.Sequential(conv(3, 32, 2), conv(32, 64, 2), Residual(64), conv(64, 128, 2), Residual(128)),
+            nn.Sequential(conv(3, 32, 2), conv(32, 64, 2), Residual(64),
+                          conv(64, 128, 2), Residual(128)),
             nn.Sequential(conv(128, 192, 2), Residual(192)),
             nn.Sequential(conv(192, 256, 2), Residual(256)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        # (B, 3, H, W) -> (B, 128, H/8, W/8), (B, 192, H/16, W/16), (B, 256, H/32, W/32)
         maps = []
         x = images
         for stage in self:
@@ -70,19 +81,21 @@ class TinyBackbone(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """ResNet's basic block."""
+    """ResNet's basic block: two convolutions around which the input is added."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
-        self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """Batch norm with fixed numbers, which are float32 and would turn bfloat16 back into float32."""
+    """Batch norm with fixed numbers. They are float32, so bfloat16 input needs a cast back."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
@@ -91,23 +104,27 @@ class FrozenNorm(FrozenBatchNorm2d):
 class Backbone(nn.Module):
     """A torchvision ResNet or Swin by name: (B,3,H,W) -> maps of stride 8, 16, 32.
 
-    frozen=True is the papers' setting for ImageNet weights: a ResNet's batch norm is frozen, and its stem and first
-    stage do not train; a Swin trains whole. The weights themselves come from `load_imagenet`, so that building a model
-    never needs a network. Raises ValueError for a name that torchvision does not know, or is neither ResNet nor Swin.
+    frozen=True is the papers' setting for ImageNet weights. A ResNet's batch norm is frozen, and
+    its stem and first stage do not train. A Swin trains whole.
+    Only `load_imagenet` needs a network. Raises ValueError for any other name.
     """
 
     def __init__(self, name: str, frozen: bool = True):
         super().__init__()
         self.name = name
-        swin, resnet = name.startswith('swin_'), re.match('(resnet|resnext|wide_resnet)', name)
+        swin = name.startswith('swin_')
+        resnet = re.match('(resnet|resnext|wide_resnet)', name)
         if not (swin or resnet) or name not in torchvision.models.list_models():
-            raise ValueError(f'unknown backbone {name!r}: use tiny, or a ResNet or Swin of torchvision, such as '
-                             'resnet50')
+            raise ValueError(f'unknown backbone {name!r}: use tiny, or a ResNet or Swin of '
+                             'torchvision, such as resnet50')
         norm = {'norm_layer': FrozenNorm} if frozen and not swin else {}
-        nodes = ('features.3', 'features.5', 'features.7') if swin else ('layer2', 'layer3', 'layer4')
-        self.body = create_feature_extractor(torchvision.models.get_model(name, weights=None, **norm), list(nodes))
-        self.channels_come_last = swin   # (B, h, w, D)
-        # A trial run spares a table of widths; in eval(), which leaves the statistics of batch norm alone.
+        nodes = ['layer2', 'layer3', 'layer4']
+        if swin:
+            nodes = ['features.3', 'features.5', 'features.7']
+        model = torchvision.models.get_model(name, weights=None, **norm)
+        self.body = create_feature_extractor(model, nodes)
+        self.channels_come_last = swin
+        # Run a blank image once to read off the channel widths. eval() keeps batch norm unchanged.
         self.channels = tuple(m.shape[1] for m in self.eval()(torch.zeros(1, 3, 64, 64)))
         self.train()
         if frozen:
@@ -115,104 +132,116 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(not parameter_name.startswith(('conv1', 'layer1')))
 
     def load_imagenet(self) -> None:
-        """Fetch torchvision's first ImageNet weights; of ResNet-50 those of the papers. Raises URLError without a
-        network."""
-        state = torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.get_state_dict(progress=True)
-        ours = self.body.state_dict()   # without the classifier
+        """Fetch torchvision's first ImageNet weights, which are the papers' for ResNet-50.
+
+        Raises URLError without a network.
+        """
+        weights = torchvision.models.get_model_weights(self.name).IMAGENET1K_V1
+        state = weights.get_state_dict(progress=True)
+        ours = self.body.state_dict()  # without the classifier
         self.body.load_state_dict({name: value for name, value in state.items() if name in ours})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = list(self.body(images).values())
+        # A Swin's maps are (B, h, w, D).
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_come_last else maps
 
 
-# --- Where a token is -----------------------------------------------------------------------------------------------
+# --- Where a token is ---
 
 def sine_code(numbers: Tensor, channels: int) -> Tensor:
-    """Each number becomes `channels` sines and cosines, interleaved: (..., n) -> (..., n * channels)."""
+    """Turn each number into `channels` sines and cosines: (..., n) -> (..., n * channels)."""
     # angle_k = 2 pi x / 10000^(2k / channels), k = 0, 1, ... channels/2 - 1
     k = torch.arange(channels // 2, device=numbers.device)
-    angle = numbers[..., None] * 2 * math.pi / 10000 ** (2 * k / channels)                      # (..., n, channels/2)
+    angle = numbers[..., None] * 2 * math.pi / 10000 ** (2 * k / channels)  # (..., n, channels/2)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3)
 
 
 class Geometry(NamedTuple):
-    """Where the S tokens of a padded batch lie. Only `position` holds something learned, the code of the level."""
-    shapes: list[tuple[int, int]]   # (h, w) of each level
-    padding: Tensor                 # (B, S) bool
-    valid_ratios: Tensor            # (B, V, 2): the part of each level's width and height that is image
-    position: Tensor                # (B, S, D): sine code of the cell + the learned code of its level
-    centres: Tensor                 # (B, S, 2): centre of the cell, in fractions of the image without its padding
-    level: Tensor                   # (S,): level of each token
+    """Where the S tokens of a padded batch lie. `position` includes the learned level code."""
+    shapes: list[tuple[int, int]]  # (h, w) of each level
+    padding: Tensor  # (B, S) bool
+    valid_ratios: Tensor  # (B, V, 2): image part of each level's width and height
+    position: Tensor  # (B, S, D): sine code of the cell + code of its level
+    centres: Tensor  # (B, S, 2): cell centre in fractions of the unpadded image
+    level: Tensor  # (S,): level of each token
 
 
-def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]], level_embed: Tensor) -> Geometry:
-    """padding_mask (B,H,W) bool, the levels' (h,w) and level_embed (V,D) -> what follows from where the padding is."""
+def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]],
+             level_embed: Tensor) -> Geometry:
+    """Derive the Geometry from padding_mask (B,H,W), the levels' (h, w) and level_embed (V,D)."""
     paddings, ratios, positions, centres = [], [], [], []
+    device = padding_mask.device
     for (h, w), level_code in zip(shapes, level_embed):
-        padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()            # (B, h, w)
-        # The image lies at the top left, so the first row and the first column count its cells.
-        valid = ~padding
-        valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1).to(level_embed)     # (B, 2)
-        ratios.append(torch.stack([valid_wh[:, 0] / w, valid_wh[:, 1] / h], -1))                    # (B, 2)
-        row, column = torch.meshgrid(torch.arange(h, device=valid.device), torch.arange(w, device=valid.device),
-                                     indexing='ij')
-        cell = (torch.stack([column, row], -1) + 0.5).flatten(0, 1)                                 # (h*w, 2)
-        # Divided by the cells of the image, so that 0..1 spans it without its padding.
-        centres.append(cell / valid_wh[:, None])                                                    # (B, h*w, 2)
+        padding = F.interpolate(padding_mask[:, None].float(), size=(h, w))[:, 0].bool()
+        # The image lies at the top left, so the first row and column count its cells.
+        valid = ~padding  # (B, h, w)
+        valid_wh = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1)
+        valid_wh = valid_wh.to(level_embed)[:, None]  # (B, 1, 2)
+        row, column = torch.meshgrid(torch.arange(h, device=device),
+                                     torch.arange(w, device=device), indexing='ij')
+        cell = (torch.stack([column, row], -1) + 0.5).flatten(0, 1)  # (h*w, 2)
         # The position code has y before x, and 1e-6 in the divisor, as in the official code.
-        y_x = (cell / (valid_wh[:, None] + 1e-6)).flip(-1)                                          # (B, h*w, 2)
-        positions.append(sine_code(y_x, level_embed.shape[1] // 2) + level_code)                    # (B, h*w, D)
+        y_x = (cell / (valid_wh + 1e-6)).flip(-1)  # (B, h*w, 2)
+        code = sine_code(y_x, level_embed.shape[1] // 2)  # (B, h*w, D)
+        positions.append(code + level_code)
+        centres.append(cell / valid_wh)  # (B, h*w, 2)
+        ratios.append(torch.cat([valid_wh[..., :1] / w, valid_wh[..., 1:] / h], -1))  # (B, 1, 2)
         paddings.append(padding.flatten(1))
-    level = torch.cat([torch.full((h * w,), v, device=padding_mask.device) for v, (h, w) in enumerate(shapes)])
-    return Geometry(shapes, torch.cat(paddings, 1), torch.stack(ratios, 1), torch.cat(positions, 1),
-                    torch.cat(centres, 1), level)
+    levels = [torch.full((h * w,), v, device=device) for v, (h, w) in enumerate(shapes)]
+    return Geometry(shapes, torch.cat(paddings, 1), torch.cat(ratios, 1),
+                    torch.cat(positions, 1), torch.cat(centres, 1), torch.cat(levels))
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Before the sigmoid, with x kept off 0 and 1, so that a box at the very border stays finite (as the official code,
-    which keeps x and 1 - x off 0 each)."""
+    """Logit of x. x is kept off 0 and 1, so that a box at the border of the image stays finite."""
     return torch.logit(x, eps=1e-5)
 
 
 def initial_boxes(where: Geometry) -> Tensor:
-    """What each token proposes before it is looked at: a box of 0.05 * 2^level around its centre -> box logits (B,S,4).
+    """Initial box logits (B,S,4) of the tokens: a box of size 0.05 * 2^level at the cell centre.
 
-    Padded tokens, and boxes with a number outside 0.01..0.99, are ruled out by +inf (Deformable DETR's official code).
+    Padded tokens and boxes with a number outside 0.01..0.99 are ruled out by +inf, as in the
+    official code of Deformable DETR.
     """
-    size = 0.05 * 2.0 ** where.level.to(where.centres)                                              # (S,)
-    box = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)                    # (B, S, 4)
+    size = 0.05 * 2.0 ** where.level.to(where.centres)  # (S,)
+    box = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)  # (B, S, 4)
     invalid = where.padding | ~((box > 0.01) & (box < 0.99)).all(-1)
     return inverse_sigmoid(box).masked_fill(invalid[..., None], math.inf)
 
 
-# --- Attention ------------------------------------------------------------------------------------------------------
+# --- Attention ---
 
-def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """The inner part of Deformable DETR Eq. 3: per head, a weighted sum of bilinear samples from all levels.
+def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor,
+                         weights: Tensor) -> Tensor:
+    """The core of Deformable DETR Eq. 3: per head, a weighted sum of samples from all levels.
 
-    value (B,S,heads,d), locations (B,N,heads,V,J,2) as x, y in 0..1, weights (B,N,heads,V,J) -> (B,N,heads*d).
-    Outside a level the value is 0. The official code has a CUDA kernel of its own for it. Of the forms in PyTorch, one
-    `grid_sample` per level was the best on a CPU or near it (tried: one gather over all levels, embedding_bag).
+    value (B,S,heads,d), locations (B,N,heads,V,J,2) as x, y in 0..1, weights (B,N,heads,V,J)
+    -> (B,N,heads*d). Outside a level the value is 0. The official code has a CUDA kernel for it.
     """
     B, _, heads, d = value.shape
     N = locations.shape[1]
-    grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)                  # (V, B*heads, N, J, 2), -1..1
-    weights = weights.permute(3, 0, 2, 1, 4).reshape(len(shapes), B * heads, 1, N, -1)          # (V, B*heads, 1, N, J)
+    # Speed: with points before queries, the product and the sum over J run along contiguous memory.
+    grid = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).contiguous()
+    grid = grid.flatten(1, 2)  # (V, B*heads, J, N, 2), -1..1
+    weights = weights.permute(3, 0, 2, 4, 1).contiguous()
+    weights = weights.view(len(shapes), B * heads, 1, -1, N)  # (V, B*heads, 1, J, N)
+    cells = value.split([h * w for h, w in shapes], 1)
     out = 0
-    # out_q = sum_v sum_j weight_qvj * x_v(location_qvj), where x_v is the map of level v, read bilinearly
-    for v, cells in enumerate(value.split([h * w for h, w in shapes], 1)):
-        x = cells.permute(0, 2, 3, 1).reshape(B * heads, d, *shapes[v])                             # (B*heads, d, h, w)
-        sampled = F.grid_sample(x, grid[v], padding_mode='zeros', align_corners=False)              # (B*heads, d, N, J)
-        out = out + (sampled * weights[v]).sum(-1)                                                  # (B*heads, d, N)
-    return out.view(B, heads * d, N).transpose(1, 2)
+    # out_q = sum_v sum_j weight_qvj * x_v(location_qvj). x_v is level v, read bilinearly.
+    for x, shape, points, weight in zip(cells, shapes, grid, weights):
+        x = x.permute(0, 2, 3, 1).reshape(B * heads, d, *shape)  # (B*heads, d, h, w)
+        sampled = F.grid_sample(x, points, padding_mode='zeros', align_corners=False)
+        out = out + (sampled * weight).sum(2)  # (B*heads, d, J, N) -> (B*heads, d, N)
+    # Speed: the backward of `flatten` makes the gradient contiguous, once for all levels.
+    return out.flatten().view(B, heads * d, N).transpose(1, 2)
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at J points per level and head around its reference, and predicts these and their weights.
+    """Each query samples J points per level and head, and predicts their offsets and weights.
 
-    Deformable DETR Eq. 3: out_q = sum_m W_m sum_v sum_j A_mqvj W'_m x_v(reference_q + offset_mqvj), where m is the
-    head; A is `weights`, W' `value_proj`, W `output_proj`.
+    Deformable DETR Eq. 3: out_q = sum_m W_m sum_v sum_j A_mqvj W'_m x_v(reference_q + offset_mqvj),
+    where m is the head, A `weights`, W' `value_proj` and W `output_proj`.
     """
 
     def __init__(self, width: int, heads: int, levels: int, points: int):
@@ -224,92 +253,113 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
 
     def reset_parameters(self) -> None:
-        """At the start head h looks in direction 2 pi h / heads, point j = 0..J-1 at distance j + 1, measured as the
-        larger of |x| and |y|, all with equal weight. Called by HybridDETR, after its Xavier."""
+        """Let head h look in direction 2 pi h / heads, with equal weights.
+
+        Point j = 0..J-1 lies at distance j + 1, measured as the larger of |x| and |y|.
+        HybridDETR calls this after its Xavier initialisation.
+        """
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)                              # (heads, 2)
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # (heads, 2)
         distance = torch.arange(1, self.points + 1)
-        offsets = (direction[:, None, None] * distance[:, None]).expand(-1, self.levels, -1, -1)    # (heads, V, J, 2)
+        offsets = direction[:, None, None] * distance[:, None]  # (heads, 1, J, 2)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.flatten())
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
         for linear in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes, padding: Tensor) -> Tensor:
-        """query (B,N,D), reference (B,N,V,2), a point, or (B,N,V,4), a box, in fractions of each level's padded map,
-        tokens (B,S,D), padding (B,S) -> (B,N,D)."""
+    def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes,
+                padding: Tensor) -> Tensor:
+        """query (B,N,D), tokens (B,S,D), padding (B,S) -> (B,N,D).
+
+        reference is a point (B,N,V,2) or a box (B,N,V,4), in fractions of each level's padded map.
+        """
         B, N, _ = query.shape
-        # Padding is set to 0 after the projection, so that not even its bias is seen there.
-        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)                            # (B, S, D)
-        offsets = self.sampling_offsets(query).view(B, N, self.heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query).view(B, N, self.heads, -1).softmax(-1)   # over levels and points
-        weights = weights.view(offsets.shape[:-1])                                                # (B, N, heads, V, J)
-        anchor = reference[:, :, None, :, None]                                                   # (B, N, 1, V, 1, .)
-        if anchor.shape[-1] == 2:   # a point: offsets count in cells of the level
-            # non_blocking: torch.tensor(..., device='cuda') would make the CPU wait for the GPU, in each layer.
-            cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype).to(offsets.device, non_blocking=True)
-            locations = anchor + offsets / cells[:, None]                                     # (B, N, heads, V, J, 2)
-        else:                       # a box: at the start, the J-th point in each direction lies on its border
+        # Padding is set to 0 after the projection, because the projection adds a bias.
+        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)  # (B, S, D)
+        value = value.unflatten(-1, (self.heads, -1))  # (B, S, heads, d)
+        offsets = self.sampling_offsets(query)
+        offsets = offsets.view(B, N, self.heads, self.levels, self.points, 2)
+        # A is a softmax over the levels and points of one head.
+        weights = self.attention_weights(query).view(B, N, self.heads, -1).softmax(-1)
+        weights = weights.view(offsets.shape[:-1])  # (B, N, heads, V, J)
+        anchor = reference[:, :, None, :, None]  # (B, N, 1, V, 1, 2 or 4)
+        if anchor.shape[-1] == 2:
+            # Offsets from a point count in cells of the level.
+            cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype)
+            # Speed: with non_blocking, the CPU does not wait for the GPU.
+            cells = cells.to(offsets.device, non_blocking=True)
+            locations = anchor + offsets / cells[:, None]  # (B, N, heads, V, J, 2)
+        else:
+            # Offsets from a box count in its size. At the start, point J - 1 is on its border.
             locations = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
-        value = value.unflatten(-1, (self.heads, -1))                                              # (B, S, heads, d)
         return self.output_proj(deformable_attention(value, shapes, locations, weights))
 
 
 class GroupSelfAttention(nn.Module):
-    """Multi-head self-attention inside each group of the query row, and never across (Group DETR Eq. 5).
+    """Multi-head self-attention inside each group of the query row (Group DETR Eq. 5).
 
-    Equal groups are folded into the batch, as in Group DETR (Alg. 1); groups of different size attend one after the
-    other. H-DETR puts all queries into one attention and masks the (N,N) matrix (§3.2.1): the same numbers, but at the
-    cost of N^2 instead of the sum of n^2.
+    Equal groups are folded into the batch, as in Group DETR (Alg. 1). Groups of different size
+    attend one after the other. H-DETR masks the (N,N) matrix of all queries instead (§3.2.1). The
+    mask gives the same numbers at the cost of N^2 instead of the sum of n^2.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        # Query, key and value in one matrix, as in nn.MultiheadAttention: Xavier's range depends on the shape.
+        # Query, key and value share one matrix, as in nn.MultiheadAttention, because Xavier's range
+        # depends on the shape.
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, content: Tensor, position: Tensor, sizes: Sequence[int], denoising_groups: int = 0) -> Tensor:
-        """content, position (B,N,D), sizes: queries of each group -> (B,N,D). Position is no part of the value.
+    def forward(self, content: Tensor, position: Tensor, sizes: Sequence[int],
+                denoising_groups: int = 0) -> Tensor:
+        """content, position (B,N,D), sizes: queries of each group -> (B,N,D).
 
-        What the sizes leave over at the end of the row are denoising queries, in groups of R. Each sees its own
-        denoising group and the first group, the detector's. (In DINO they see all matching queries, which are one
-        group; here only the first of several, if they are separate.) No matching query sees them: they know the answer.
+        The position enters query and key, and never the value.
+        Queries beyond `sum(sizes)` are denoising queries, in `denoising_groups` groups of R. A
+        denoising query sees its own group and the first group (in DINO: all matching queries).
+        Matching queries never see denoising queries, because these know the answer.
         """
         B, _, D = content.shape
         matching = sum(sizes)
-        q, k = F.linear(content + position, self.in_proj.weight[:2 * D], self.in_proj.bias[:2 * D]).chunk(2, -1)
-        v = F.linear(content, self.in_proj.weight[2 * D:], self.in_proj.bias[2 * D:])                   # (B, N, D) each
-        if len(set(sizes)) == 1:   # one attention with G times the batch
-            folded = (x[:, :matching].unflatten(1, (len(sizes), -1)).flatten(0, 1) for x in (q, k, v))   # (B*G, n, D)
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        q, k = F.linear(content + position, weight[:2 * D], bias[:2 * D]).chunk(2, -1)  # (B, N, D)
+        v = F.linear(content, weight[2 * D:], bias[2 * D:])  # (B, N, D)
+        if len(set(sizes)) == 1:
+            # One attention with G times the batch: (B, G*n, D) -> (B*G, n, D).
+            folded = (x[:, :matching].unflatten(1, (len(sizes), -1)).flatten(0, 1)
+                      for x in (q, k, v))
             out = [self.attend(*folded).view(B, matching, D)]
         else:
-            parts = [x[:, :matching].split(sizes, 1) for x in (q, k, v)]                  # of each group (B, n, D)
+            parts = [x[:, :matching].split(sizes, 1) for x in (q, k, v)]  # (B, n, D) per group
             out = [self.attend(*of_group) for of_group in zip(*parts)]
-        if denoising_groups:   # X in the shapes below
-            own_q, *own_kv = (x[:, matching:].unflatten(1, (denoising_groups, -1)) for x in (q, k, v))   # (B, X, R, D)
-            first_kv = (x[:, None, :sizes[0]].expand(-1, denoising_groups, -1, -1) for x in (k, v))     # (B, X, n, D)
-            seen_kv = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own_kv, first_kv))             # (B*X, R+n, D)
+        if denoising_groups:
+            X = denoising_groups
+            own_q, *own_kv = (x[:, matching:].unflatten(1, (X, -1)) for x in (q, k, v))
+            first_kv = (x[:, None, :sizes[0]].expand(-1, X, -1, -1) for x in (k, v))
+            # Keys and values: (B, X, R, D) and (B, X, n, D) -> (B*X, R+n, D).
+            seen_kv = (torch.cat(pair, 2).flatten(0, 1) for pair in zip(own_kv, first_kv))
             out.append(self.attend(own_q.flatten(0, 1), *seen_kv).view(B, -1, D))
         return self.out_proj(torch.cat(out, 1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every query sees every key: (B,n,D), (B,m,D), (B,m,D) -> (B,n,D)."""
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))            # (B, heads, n, d)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        # (B, n, D) -> (B, heads, n, d)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return out.transpose(1, 2).flatten(2)
 
 
-# --- Layers ---------------------------------------------------------------------------------------------------------
+# --- Layers: residual, then norm ("post-norm") ---
 
 class FeedForward(nn.Module):
-    """(B, ., D) -> the same shape; residual and norm included. All layers normalise after the sum ("post-norm")."""
+    """Two linear layers with residual and norm: (B, ., D) -> the same shape."""
 
     def __init__(self, width: int, ffn: int, dropout: float):
         super().__init__()
@@ -321,34 +371,42 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Each token looks at a few others of all levels, then passes the feed-forward layers alone."""
+    """Each token samples a few others of all levels, then passes the feed-forward part alone."""
 
     def __init__(self, width, heads, levels, points, ffn, dropout):
         super().__init__()
-        self.attention, self.norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
+        self.attention = DeformableAttention(width, heads, levels, points)
+        self.norm = nn.LayerNorm(width)
         self.dropout, self.ffn = nn.Dropout(dropout), FeedForward(width, ffn, dropout)
 
-    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes, padding: Tensor) -> Tensor:
-        """tokens, position (B,S,D), reference (B,S,V,2) -> (B,S,D). Position goes into the query, never the value."""
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes,
+                padding: Tensor) -> Tensor:
+        """tokens, position (B,S,D), reference (B,S,V,2) -> (B,S,D).
+
+        The position enters the query, and never the value.
+        """
         attended = self.attention(tokens + position, reference, tokens, shapes, padding)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
 
 class DecoderLayer(nn.Module):
-    """Each query talks to its group, looks at the image, then passes the feed-forward layers alone."""
+    """Each query sees its group, samples the image, then passes the feed-forward part alone."""
 
     def __init__(self, width, heads, levels, points, ffn, dropout):
         super().__init__()
-        self.self_attention, self.self_norm = GroupSelfAttention(width, heads, dropout), nn.LayerNorm(width)
-        self.cross_attention, self.cross_norm = DeformableAttention(width, heads, levels, points), nn.LayerNorm(width)
+        self.self_attention = GroupSelfAttention(width, heads, dropout)
+        self.self_norm = nn.LayerNorm(width)
+        self.cross_attention = DeformableAttention(width, heads, levels, points)
+        self.cross_norm = nn.LayerNorm(width)
         self.dropout, self.ffn = nn.Dropout(dropout), FeedForward(width, ffn, dropout)
 
-    def forward(self, content: Tensor, position: Tensor, sizes: Sequence[int], denoising_groups: int,
-                reference: Tensor, tokens: Tensor, shapes, padding: Tensor) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor, sizes: Sequence[int],
+                denoising_groups: int, reference: Tensor, tokens: Tensor, shapes,
+                padding: Tensor) -> Tensor:
         """content, position (B,N,D), reference (B,N,V,4), tokens (B,S,D) -> (B,N,D).
 
-        Only self-attention lets queries see each other. It is what makes one of two equal queries give way, so a
-        group whose assignment is one-to-one has to be alone in it.
+        Self-attention is how duplicate queries are suppressed. A one-to-one group must therefore
+        not see other groups.
         """
         attended = self.self_attention(content, position, sizes, denoising_groups)
         content = self.self_norm(content + self.dropout(attended))
@@ -357,32 +415,36 @@ class DecoderLayer(nn.Module):
 
 
 def clones(module: nn.Module, n: int) -> nn.ModuleList:
-    """n copies with parameters of their own, which start equal unless `reset_parameters` draws them anew."""
+    """n copies with parameters of their own. They start equal until `reset_parameters`."""
     return nn.ModuleList(copy.deepcopy(module) for _ in range(n))
 
 
-# --- The detector ---------------------------------------------------------------------------------------------------
+# --- The detector ---
 
 class HybridDETR(nn.Module):
-    """Two-stage Deformable DETR on a query row cut into groups.
+    """Two-stage Deformable DETR on a query row that is cut into groups.
 
-    groups: queries of each group, e.g. (300, 1500) for H-DETR's hybrid branch, (300,) * 11 for Group DETR.
-    selection: 'ranks' has one pair of encoder heads; 'heads' and 'distinct' have one for each group; see `select`.
-    separate_attention=False lets all groups of a training step see each other (Group DETR Table 7 c).
-    ffn=2048, dropout=0, mixed_selection, look_forward_twice: the switches of H-DETR Table 8, in the paper's best row.
-    fusion: none, simple, ulike or dense; see `encode`. denoising=True: forward takes denoising queries (matchers.py).
-    softmax=True: one more column in the decoder's class heads, "no object", for DETR's cross-entropy.
+    groups: queries of each group. H-DETR's hybrid branch has (300, 1500), Group DETR (300,) * 11.
+    selection: 'ranks' has one pair of encoder heads, 'heads' and 'distinct' have one per group; see
+        `select`.
+    separate_attention=False: all groups of a training step see each other (Group DETR Table 7 c).
+    ffn=2048, dropout=0, mixed_selection, look_forward_twice: the best row of H-DETR Table 8.
+    fusion: none, simple, ulike or dense; see `encode`.
+    denoising=True: forward accepts denoising queries.
+    softmax=True: the decoder's class heads have a column "no object", for DETR's cross-entropy.
     width: a multiple of 32 (GroupNorm) and of heads.
     backbone: 'tiny' or a name for `Backbone`; frozen_backbone: see there.
-    The attribute checkpoint_activations=True saves memory in training: see `call_layer`.
+    The attribute checkpoint_activations=True saves memory in training; see `call_layer`.
     Raises ValueError for an unknown selection, fusion or backbone.
     """
 
-    def __init__(self, num_classes: int, groups: Sequence[int] = (300,), backbone: str = 'resnet50', *,
-                 frozen_backbone: bool = True, width: int = 256, heads: int = 8, encoder_layers: int = 6,
-                 decoder_layers: int = 6, ffn: int = 2048, points: int = 4, levels: int = 4, dropout: float = 0.0,
-                 mixed_selection: bool = True, look_forward_twice: bool = True, selection: str = 'ranks',
-                 separate_attention: bool = True, fusion: str = 'none', denoising: bool = False, softmax: bool = False):
+    def __init__(self, num_classes: int, groups: Sequence[int] = (300,),
+                 backbone: str = 'resnet50', *, frozen_backbone: bool = True, width: int = 256,
+                 heads: int = 8, encoder_layers: int = 6, decoder_layers: int = 6, ffn: int = 2048,
+                 points: int = 4, levels: int = 4, dropout: float = 0.0,
+                 mixed_selection: bool = True, look_forward_twice: bool = True,
+                 selection: str = 'ranks', separate_attention: bool = True, fusion: str = 'none',
+                 denoising: bool = False, softmax: bool = False):
         super().__init__()
         if selection not in ('ranks', 'heads', 'distinct'):
             raise ValueError(f'unknown selection {selection!r}: use ranks, heads or distinct')
@@ -390,33 +452,45 @@ class HybridDETR(nn.Module):
             raise ValueError(f'unknown fusion {fusion!r}: use none, simple, ulike or dense')
         self.groups, self.selection, self.fusion = tuple(groups), selection, fusion
         self.num_classes, self.softmax, self.checkpoint_activations = num_classes, softmax, False
-        self.look_forward_twice, self.separate_attention = look_forward_twice, separate_attention
-        self.backbone = TinyBackbone() if backbone == 'tiny' else Backbone(backbone, frozen_backbone)
+        self.look_forward_twice = look_forward_twice
+        self.separate_attention = separate_attention
+        if backbone == 'tiny':
+            self.backbone = TinyBackbone()
+        else:
+            self.backbone = Backbone(backbone, frozen_backbone)
         channels = self.backbone.channels
-        # Every level gets the width D. Those beyond the backbone's three come from stride-2 convolutions, the first on
-        # its last map, each later one on the level before.
+        # Every level gets the width D. Levels beyond the backbone's three are stride-2 convolutions
+        # of its last map, and then of the level before.
         convolutions = [nn.Conv2d(c, width, 1) for c in channels[:levels]]
         while len(convolutions) < levels:
             c = channels[-1] if len(convolutions) == len(channels) else width
             convolutions.append(nn.Conv2d(c, width, 3, stride=2, padding=1))
-        self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, width)) for conv in convolutions)
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(conv, nn.GroupNorm(32, width)) for conv in convolutions)
         self.level_embed = nn.Parameter(torch.empty(levels, width))
-        self.encoder = clones(EncoderLayer(width, heads, levels, points, ffn, dropout), encoder_layers)
-        # How many maps each projection of the memory fusion joins.
+        layer = (width, heads, levels, points, ffn, dropout)
+        self.encoder = clones(EncoderLayer(*layer), encoder_layers)
+        # The number of maps that each projection of the memory fusion joins.
         joined = {'none': (), 'simple': (2,), 'ulike': (2,) * math.ceil(encoder_layers / 2),
                   'dense': (encoder_layers + 1,)}
-        self.fusions = nn.ModuleList(nn.Sequential(nn.Linear(maps * width, width), nn.LayerNorm(width))
-                                     for maps in joined[fusion])
-        self.decoder = clones(DecoderLayer(width, heads, levels, points, ffn, dropout), decoder_layers)
+        self.fusions = nn.ModuleList(
+            nn.Sequential(nn.Linear(maps * width, width), nn.LayerNorm(width))
+            for maps in joined[fusion])
+        self.decoder = clones(DecoderLayer(*layer), decoder_layers)
         self.proposal_proj = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
-        self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
-        self.query_content = nn.Parameter(torch.empty(sum(groups), width)) if mixed_selection else None
-        # Content of a denoising query: its class; the last row, zero, is for empty slots.
-        self.denoising_content = nn.Embedding(num_classes + 1, width, padding_idx=num_classes) if denoising else None
+        self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width),
+                                           nn.LayerNorm(2 * width))
+        self.query_content = None
+        if mixed_selection:
+            self.query_content = nn.Parameter(torch.empty(sum(groups), width))
+        self.denoising_content = None
+        if denoising:
+            # The content of a denoising query is its class. The last row, zero, is for empty slots.
+            self.denoising_content = nn.Embedding(num_classes + 1, width, padding_idx=num_classes)
         class_head = nn.Linear(width, num_classes)
-        box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-                                 nn.Linear(width, 4))
-        # "No object" is the decoder's only: the encoder ranks its tokens by a sigmoid.
+        box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width),
+                                 nn.ReLU(), nn.Linear(width, 4))
+        # Only the decoder has "no object": the encoder ranks its tokens by a sigmoid.
         decoder_class_head = nn.Linear(width, num_classes + 1) if softmax else class_head
         self.class_heads = clones(decoder_class_head, decoder_layers)
         self.box_heads = clones(box_head, decoder_layers)
@@ -426,10 +500,11 @@ class HybridDETR(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the official code: Xavier for all matrices of the transformer; heads say "score 0.01, box unmoved".
+        """Initialise as the official code: Xavier for the matrices of the transformer.
 
-        Score 0.01, since nearly all queries are background: otherwise their loss would drown everything at the start.
-        Box unmoved, so that the first predictions are the proposals themselves.
+        The heads start with score 0.01, because nearly all queries are background and their loss
+        would otherwise dominate. The heads start with unmoved boxes, so that the first predictions
+        are the proposals.
         """
         for module in (self.encoder, self.decoder, self.proposal_proj, self.position_proj):
             for parameter in module.parameters():
@@ -447,92 +522,113 @@ class HybridDETR(nn.Module):
         nn.init.normal_(self.level_embed)
         if self.query_content is not None:
             nn.init.normal_(self.query_content)
-        # Equal encoder heads would stay equal for ever in Group DETR, where they see the same tokens and targets: all
-        # but the first are drawn anew. The decoder's may start equal, as each sees another layer.
+        # Encoder heads see the same tokens and targets in Group DETR, so equal heads would stay
+        # equal. All but the first are drawn anew. Decoder heads see different layers.
         for head in (*self.encoder_class_heads[1:], *self.encoder_box_heads[1:]):
             for module in head.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
         for head in (*self.class_heads, *self.encoder_class_heads):
-            nn.init.constant_(head.bias, math.log(0.01 / 0.99))   # before the sigmoid
-            nn.init.zeros_(head.bias[self.num_classes:])   # "no object" has the logit 0; without softmax this is empty
+            nn.init.constant_(head.bias, math.log(0.01 / 0.99))
+            # "No object" has logit 0. Without softmax this slice is empty.
+            nn.init.zeros_(head.bias[self.num_classes:])
         for head in (*self.box_heads, *self.encoder_box_heads):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
 
-    def forward(self, images: Tensor, padding_mask: Tensor, group: int | None = None, noised=None) -> Outputs:
+    def forward(self, images: Tensor, padding_mask: Tensor, group: int | None = None,
+                noised=None) -> Outputs:
         """images (B,3,H,W), padding_mask (B,H,W) bool -> Outputs.
 
-        In train() every group of the row runs, in eval() only the first; `group` asks for a single other one.
-        noised: `matchers.Denoising`, whose queries follow at the end of the row.
-        Raises ValueError if the images have fewer tokens than there are queries to choose.
+        train() runs every group, eval() only the first; `group` chooses a single one.
+        noised: denoising queries, which follow at the end of the row: their `boxes` (B,n,4) and
+        `labels` (B,n), in a number of `groups`.
+        Raises TooFewTokens if the images have fewer tokens than there are queries to choose.
         """
         if group is None and not self.training:
             group = 0
         # The image: backbone and encoder.
-        tokens, shapes = self.pyramid(images)                                                           # (B, S, D)
+        tokens, shapes = self.pyramid(images)  # (B, S, D)
         where = geometry(padding_mask, shapes, self.level_embed)
         tokens = self.encode(tokens, where)
 
-        # The queries: first stage. All groups up to the wanted one propose: it may get what the earlier ones leave.
+        # The first stage chooses the queries. All groups up to `group` propose, because its
+        # proposals may be those that earlier groups leave.
         sizes = self.groups if group is None else self.groups[:group + 1]
-        encoder_logits, box_logits = self.propose(tokens, where, len(sizes))                            # (B, E, S, .)
-        chosen, end = self.select(encoder_logits, box_logits, sizes), sum(sizes)               # (B, n, 4) of each group
-        if group is not None:   # only the last of them goes on; in the whole row it ends at `end`
+        encoder_logits, box_logits = self.propose(tokens, where, len(sizes))  # (B, E, S, .)
+        chosen = self.select(encoder_logits, box_logits, sizes)  # (B, n, 4) per group
+        end = sum(sizes)
+        if group is not None:
             chosen, sizes = chosen[-1:], sizes[-1:]
-        matching = sum(sizes)   # the row without denoising queries
-        boxes = torch.cat(chosen if noised is None else [*chosen, noised.boxes], 1)                     # (B, N, 4)
-        # Each of the 4 numbers of a box becomes D/2 sines and cosines, (B, N, 2D) together, of which a projection makes
-        # where a query looks from (position) and what it asks for (content).
-        position, content = self.position_proj(sine_code(boxes, tokens.shape[-1] // 2)).chunk(2, -1)    # (B, N, D) each
-        content = content[:, :matching]   # denoising queries have a content of their own
-        if self.query_content is not None:   # mixed query selection: position from the image, content learned
-            content = self.query_content[end - matching:end].expand(len(images), -1, -1)         # (B, matching, D)
+        matching = sum(sizes)  # queries without denoising queries
+        boxes = torch.cat(chosen if noised is None else [*chosen, noised.boxes], 1)  # (B, N, 4)
+        # Each number of a box becomes D/2 sines and cosines, (B, N, 2D) together. Their projection
+        # says where a query looks (position) and what it asks for (content).
+        code = sine_code(boxes, tokens.shape[-1] // 2)
+        position, content = self.position_proj(code).chunk(2, -1)  # (B, N, D)
+        content = content[:, :matching]
+        if self.query_content is not None:
+            # Mixed query selection: the position comes from the image, the content is learned.
+            content = self.query_content[end - matching:end].expand(len(images), -1, -1)
         if noised is not None:
-            content = torch.cat([content, self.denoising_content(noised.labels)], 1)                    # (B, N, D)
-        # The predictions: second stage.
-        seen = sizes if self.separate_attention else (matching,)   # (matching,): all as one group
-        pred_logits, pred_boxes = self.decode(boxes, content, position, seen, 0 if noised is None else noised.groups,
+            content = torch.cat([content, self.denoising_content(noised.labels)], 1)  # (B, N, D)
+
+        # The second stage predicts.
+        seen = sizes if self.separate_attention else (matching,)
+        denoising_groups = 0 if noised is None else noised.groups
+        pred_logits, pred_boxes = self.decode(boxes, content, position, seen, denoising_groups,
                                               tokens, where)
-        # The encoder's are one more "layer", whose row holds the tokens of each group one after the other.
+        # The encoder's row holds the tokens of each group one after the other.
         return Outputs(pred_logits, pred_boxes, encoder_logits.flatten(1, 2)[None],
                        box_logits.sigmoid().flatten(1, 2)[None])
 
     def call_layer(self, layer: nn.Module, *inputs):
-        """Call a layer of encoder or decoder. With checkpoint_activations, training keeps only its inputs, and backward
-        computes the layer again: less memory, more time. What is kept otherwise is mostly sampled values."""
+        """Call a layer of encoder or decoder.
+
+        With checkpoint_activations, training keeps only the layer's inputs, and the backward pass
+        computes the layer again. This needs more time and less memory, most of which holds sampled
+        values of the attention.
+        """
         if self.checkpoint_activations and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
     def pyramid(self, images: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Backbone maps projected to one width and flattened, fine levels first: (B,3,H,W) -> (B,S,D), V x (h,w)."""
+        """Project the backbone's maps to one width and flatten them, fine levels first.
+
+        (B,3,H,W) -> tokens (B,S,D) and V shapes (h, w).
+        """
         maps = self.backbone(images)
-        projected = [project(x) for project, x in zip(self.input_proj, maps)]                       # (B, D, h, w) each
+        projected = [project(x) for project, x in zip(self.input_proj, maps)]  # (B, D, h, w)
+        # Further levels: the first comes from the backbone's last map, the next from the first.
         x = maps[-1]
         for project in self.input_proj[len(maps):]:
             x = project(x)
             projected.append(x)
-        return torch.cat([m.flatten(2).transpose(1, 2) for m in projected], 1), [tuple(m.shape[2:]) for m in projected]
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in projected], 1)
+        return tokens, [tuple(m.shape[2:]) for m in projected]
 
     def encode(self, tokens: Tensor, where: Geometry) -> Tensor:
-        """The encoder, and the memory fusion of Stable-DINO §3: (B,S,D) -> (B,S,D).
+        """The encoder and the memory fusion of Stable-DINO §3: (B,S,D) -> (B,S,D).
 
-        The backbone's tokens F_0 and the outputs F_1..F_last of the encoder layers are joined along their features and
-        projected back (linear and norm, App. B), so that pretrained features reach the decoder from the first step on:
-        simple  [F_last, F_0]
-        ulike   F_0 joins the output of the last layer, F_1 that of the one before, and so on inwards (Fig. 4c)
-        dense   [F_0, F_1, ..., F_last], the paper's default
-        ulike is a reading: the figure draws four layers, and the released code has none. With two layers it is simple.
+        F_0 are the backbone's tokens, F_1..F_last the outputs of the encoder layers. The fusion
+        joins them along their features and projects back (linear and norm, App. B). Pretrained
+        features then reach the decoder from the first step on.
+            simple  [F_last, F_0]
+            ulike   F_0 joins the output of the last layer, F_1 of the one before, ... (Fig. 4c)
+            dense   [F_0, F_1, ..., F_last], the paper's default
+        For ulike the figure draws four layers, and the released code has none. Here it uses the
+        second half of any number of layers.
         """
-        # Centres are fractions of the image, and attention samples at fractions of a level's padded map: the ratio
-        # turns one into the other. It differs from level to level, since a map has whole cells.
-        reference = where.centres[:, :, None] * where.valid_ratios[:, None]                             # (B, S, V, 2)
+        # Centres are fractions of the image, and attention samples at fractions of a level's padded
+        # map. The ratio converts them. It depends on the level, since a map has whole cells.
+        reference = where.centres[:, :, None] * where.valid_ratios[:, None]  # (B, S, V, 2)
         outputs, last = [tokens], len(self.encoder)
         for l, layer in enumerate(self.encoder, 1):
-            tokens = self.call_layer(layer, tokens, where.position, reference, where.shapes, where.padding)
-            inwards = last - l   # 0 at the last layer
-            if self.fusion == 'ulike' and inwards < last / 2:   # the second half
+            tokens = self.call_layer(layer, tokens, where.position, reference, where.shapes,
+                                     where.padding)
+            inwards = last - l  # 0 at the last layer
+            if self.fusion == 'ulike' and inwards < last / 2:
                 tokens = self.fusions[inwards](torch.cat([tokens, outputs[inwards]], -1))
             outputs.append(tokens)
         if self.fusion == 'simple':
@@ -541,82 +637,118 @@ class HybridDETR(nn.Module):
             tokens = self.fusions[0](torch.cat(outputs, -1))
         return tokens
 
-    def propose(self, tokens: Tensor, where: Geometry, n_groups: int) -> tuple[Tensor, Tensor]:
-        """Every token proposes, in scores and boxes before the sigmoid: (B,S,D) -> (B,E,S,C), (B,E,S,4).
+    def propose(self, tokens: Tensor, where: Geometry,
+                n_groups: int) -> tuple[Tensor, Tensor]:
+        """Score and box logits that every token proposes: (B,S,D) -> (B,E,S,C), (B,E,S,4).
 
-        E = n_groups, or 1 if one pair of heads ranks for all. Every token learns to propose, chosen or not: this is the
-        encoder's own loss, the same for every scheme unless groups have heads of their own (matchers.encoder_groups).
-        Tokens that are ruled out enter as 0 and have the box logits +inf: they share one score and the box (1,1,1,1),
-        stay in the loss as background, and may even be chosen if nothing better is left (official code).
+        E is 1 if one pair of heads ranks for all groups, else n_groups. The encoder's own loss
+        trains every token, chosen or not.
+        Ruled-out tokens enter as 0 and have the box logits +inf. They share one score and the box
+        (1,1,1,1), stay in the loss as background, and are chosen if nothing better is left.
         """
-        initial = initial_boxes(where)                                                                  # (B, S, 4)
-        features = self.proposal_proj(tokens.masked_fill(initial[..., :1].isinf(), 0.0))                # (B, S, D)
-        # Scores at least in float32: in bfloat16 many tie, and chance would rank.
+        initial = initial_boxes(where)  # (B, S, 4)
+        ruled_out = initial[..., :1].isinf()
+        features = self.proposal_proj(tokens.masked_fill(ruled_out, 0.0))  # (B, S, D)
+        # Scores need float32: many are equal in bfloat16, and their ranks would be arbitrary.
         with torch.autocast(tokens.device.type, enabled=False):
             exact = features.to(torch.promote_types(features.dtype, torch.float32))
-            logits = torch.stack([head(exact) for head in self.encoder_class_heads[:n_groups]], 1)
-        box_logits = torch.stack([head(features) for head in self.encoder_box_heads[:n_groups]], 1) + initial[:, None]
-        return logits, box_logits
+            logits = [head(exact) for head in self.encoder_class_heads[:n_groups]]
+        shifts = [head(features) for head in self.encoder_box_heads[:n_groups]]
+        return torch.stack(logits, 1), torch.stack(shifts, 1) + initial[:, None]
 
     def select(self, logits: Tensor, box_logits: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Two-stage: the tokens with the best scores become the queries: -> boxes (B,n,4) of each group, detached.
+        """The tokens with the best scores become the queries: -> boxes (B,n,4) of each group.
 
-        Detached: the decoder's losses do not train the proposals; the encoder's own loss, on all tokens, does.
-        'ranks': one head. The first group gets its ranks 1 to n, the next group those that follow, and so on. H-DETR
-        App. D finds the boxes of ranks 301-600 badly placed, and takes this as the reason why K = 1 does not help.
-        'heads': each group takes the best of a head of its own, so that all start equally well (Group DETR A.2).
-        'distinct': as 'heads', without the tokens that an earlier group has taken (H-DETR App. D, for K = 1; there only
-        the class heads are separate, here each group has a pair of class and box head, as in Group DETR).
+        The boxes are detached. Only the encoder's own loss trains the proposals.
+            ranks     One head. The first group gets ranks 1 to n, the next group those that follow.
+                      H-DETR App. D blames the bad boxes of ranks 301-600 for the failure of K = 1.
+            heads     Each group takes the best of its own head, so that all groups start equally
+                      well (Group DETR A.2).
+            distinct  Like heads, but without the tokens of earlier groups (H-DETR App. D, where
+                      only the class heads are separate).
         """
-        scores = logits[..., 0]   # "object or not": the encoder trains with all labels 0                  (B, E, S)
+        scores = logits[..., 0]  # column "object", (B, E, S)
         wanted = sum(sizes) if self.selection != 'heads' else max(sizes)
         if wanted > scores.shape[2]:
-            raise TooFewTokens(f'the image has {scores.shape[2]} tokens, too few to choose {wanted} queries from: '
-                               'use larger images or fewer queries')
+            raise TooFewTokens(f'the image has {scores.shape[2]} tokens, too few to choose '
+                               f'{wanted} queries from: use larger images or fewer queries')
         if self.selection == 'ranks':
-            chosen = [(0, top) for top in scores[:, 0].topk(wanted).indices.split(list(sizes), 1)]
+            best = scores[:, 0].topk(wanted).indices
+            chosen = [(0, top) for top in best.split(list(sizes), 1)]
         else:
-            chosen, taken = [], torch.zeros_like(scores[:, 0], dtype=torch.bool)
+            chosen = []
+            taken = torch.zeros_like(scores[:, 0], dtype=torch.bool)
             for e, size in enumerate(sizes):
-                top = scores[:, e].masked_fill(taken, -math.inf).topk(size).indices                     # (B, n)
+                top = scores[:, e].masked_fill(taken, -math.inf).topk(size).indices  # (B, n)
                 chosen.append((e, top))
                 if self.selection == 'distinct':
                     taken = taken.scatter(1, top, True)
         # Rows `top` (B, n) of box_logits[:, e] (B, S, 4).
-        return [box_logits[:, e].take_along_dim(top[..., None], 1).detach().sigmoid() for e, top in chosen]
+        return [box_logits[:, e].take_along_dim(top[..., None], 1).detach().sigmoid()
+                for e, top in chosen]
 
-    def decode(self, boxes: Tensor, content: Tensor, position: Tensor, sizes: Sequence[int], denoising_groups: int,
-               tokens: Tensor, where: Geometry) -> tuple[Tensor, Tensor]:
-        """Iterative refinement (Deformable DETR): every layer moves the boxes -> (L,B,N,C), (L,B,N,4).
+    def decode(self, boxes: Tensor, content: Tensor, position: Tensor, sizes: Sequence[int],
+               denoising_groups: int, tokens: Tensor, where: Geometry) -> tuple[Tensor, Tensor]:
+        """Iterative refinement (Deformable DETR): every layer moves the boxes.
 
-        boxes (B,N,4), tokens (B,S,D), content, position (B,N,D), sizes and denoising_groups as in GroupSelfAttention.
-        Each layer has heads of its own. The position code stays that of the proposal (official code; DINO computes it
-        anew from the boxes of the layer before).
+        boxes (B,N,4), tokens (B,S,D), content, position (B,N,D) -> (L,B,N,C), (L,B,N,4).
+        `sizes` and `denoising_groups` are those of GroupSelfAttention.
+        Each layer has its own heads. The position code stays that of the proposal (official code;
+        DINO renews it in each layer).
 
-            box_l  = sigmoid(shift_l + sigmoid^-1(box_(l-1)))   box_(l-1) detached, `reference`: where layer l samples
-            pred_l = the same number, but box_(l-1) not detached, `previous`, so that its loss also reaches head l-1,
-                     and no head further back (look forward twice, DINO); without the switch pred_l = box_l
+            box_l  = sigmoid(shift_l + sigmoid^-1(box_(l-1))), box_(l-1) detached (`reference`)
+            pred_l = the same number, box_(l-1) not detached (`previous`)
+
+        Through pred_l, the loss of layer l also reaches head l-1, and no head further back (look
+        forward twice, DINO). Without the switch pred_l = box_l.
         """
         pred_logits, pred_boxes = [], []
-        # Fractions of the image -> of each level's padded map (see `encode`), for centre and size.
-        ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]                   # (B, 1, V, 4)
-        reference = previous = boxes   # equal in value always: `reference` has no gradient, `previous` that of one head
+        # `encode` explains the ratios. They apply to centre and size.
+        ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]  # (B, 1, V, 4)
+        # Both have the same values. `reference` has no gradient, `previous` that of one head.
+        reference = previous = boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
-            in_maps = reference[:, :, None] * ratios                                                # (B, N, V, 4)
-            content = self.call_layer(layer, content, position, sizes, denoising_groups, in_maps, tokens, where.shapes,
-                                      where.padding)
+            in_maps = reference[:, :, None] * ratios  # (B, N, V, 4)
+            content = self.call_layer(layer, content, position, sizes, denoising_groups, in_maps,
+                                      tokens, where.shapes, where.padding)
             shift = box_head(content)
             pred_logits.append(class_head(content))
             pred_boxes.append((shift + inverse_sigmoid(previous)).sigmoid())
             refined = (shift + inverse_sigmoid(reference)).sigmoid()
             reference = refined.detach()
             previous = refined if self.look_forward_twice else reference
-        return torch.stack(pred_logits), torch.stack(pred_boxes)                                    # (L, B, N, .)
+        return torch.stack(pred_logits), torch.stack(pred_boxes)  # (L, B, N, .)
 
 
-# --- Checkpoints of HDETR/H-Deformable-DETR -------------------------------------------------------------------------
+# What of the model --init-part takes: the beginnings of the parameters' names.
+PARTS = {'all': '', 'backbone': 'backbone.',
+         'encoder': ('backbone.', 'input_proj.', 'level_embed', 'encoder.', 'fusions.')}
 
-OFFICIAL_NAMES = [   # (name here as a regular expression, official name); the first that fits is taken
+
+def parts_of(named, part: str) -> dict:
+    """Return what belongs to a part of PARTS, of {name: parameter or module} or of pairs."""
+    return {name: x for name, x in dict(named).items() if f'{name}.'.startswith(PARTS[part])}
+
+
+def parameter_groups(model: HybridDETR, lr: float, pretrained: bool) -> list[dict]:
+    """Split the trained parameters into those with the full learning rate and with a tenth.
+
+    A large step of the sampling offsets would throw all samples off the object, and a
+    pretrained backbone is good already (official code). A schedule multiplies base_lr.
+    """
+    slow, normal = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_slow = 'sampling_offsets' in name or pretrained and name.startswith('backbone')
+            (slow if is_slow else normal).append(parameter)
+    return [{'params': parameters, 'lr': rate, 'base_lr': rate}
+            for parameters, rate in ((normal, lr), (slow, lr / 10))]
+
+
+# --- Checkpoints of HDETR/H-Deformable-DETR ---
+
+# Pairs of a name here, as a regular expression, and the official name. The first that fits counts.
+OFFICIAL_NAMES = [
     (r'level_embed', r'transformer.level_embed'),
     (r'query_content', r'query_embed.weight'),
     (r'encoder\.(\d+)\.attention\.(.+)', r'transformer.encoder.layers.\1.self_attn.\2'),
@@ -624,8 +756,10 @@ OFFICIAL_NAMES = [   # (name here as a regular expression, official name); the f
     (r'encoder\.(\d+)\.ffn\.norm\.(.+)', r'transformer.encoder.layers.\1.norm2.\2'),
     (r'decoder\.(\d+)\.cross_attention\.(.+)', r'transformer.decoder.layers.\1.cross_attn.\2'),
     (r'decoder\.(\d+)\.cross_norm\.(.+)', r'transformer.decoder.layers.\1.norm1.\2'),
-    (r'decoder\.(\d+)\.self_attention\.in_proj\.(.+)', r'transformer.decoder.layers.\1.self_attn.in_proj_\2'),
-    (r'decoder\.(\d+)\.self_attention\.out_proj\.(.+)', r'transformer.decoder.layers.\1.self_attn.out_proj.\2'),
+    (r'decoder\.(\d+)\.self_attention\.in_proj\.(.+)',
+     r'transformer.decoder.layers.\1.self_attn.in_proj_\2'),
+    (r'decoder\.(\d+)\.self_attention\.out_proj\.(.+)',
+     r'transformer.decoder.layers.\1.self_attn.out_proj.\2'),
     (r'decoder\.(\d+)\.self_norm\.(.+)', r'transformer.decoder.layers.\1.norm2.\2'),
     (r'decoder\.(\d+)\.ffn\.norm\.(.+)', r'transformer.decoder.layers.\1.norm3.\2'),
     (r'(encoder|decoder)\.(\d+)\.ffn\.(.+)', r'transformer.\1.layers.\2.\3'),
@@ -638,14 +772,14 @@ OFFICIAL_NAMES = [   # (name here as a regular expression, official name); the f
     (r'box_heads\.(\d+)\.2\.(.+)', r'bbox_embed.\1.layers.1.\2'),
     (r'box_heads\.(\d+)\.4\.(.+)', r'bbox_embed.\1.layers.2.\2'),
     (r'backbone\.body\.(.+)', r'backbone.0.body.\1'),
-    (r'(input_proj\..+)', r'\1'),
-]
+    (r'(input_proj\..+)', r'\1')]
 
 
 def official_name(name: str, decoder_layers: int) -> str | None:
-    """The official name of an entry of this model's state dict; None for one the official model does not have.
+    """The official name of an entry of this model's state dict, or None if there is none.
 
-    The official encoder's heads are those behind the decoder's last; so only one pair of encoder heads has a name.
+    The official code lists the encoder's heads behind the decoder's last. Therefore only the first
+    pair of encoder heads has a name.
     """
     name = re.sub(r'^encoder_(class|box)_heads\.0\.', rf'\1_heads.{decoder_layers}.', name)
     for pattern, official in OFFICIAL_NAMES:
@@ -656,41 +790,47 @@ def official_name(name: str, decoder_layers: int) -> str | None:
 
 def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 1500),
                   mixed_selection: bool = True) -> HybridDETR:
-    """Build the model that fits a checkpoint of the public H-Deformable-DETR and load every entry.
+    """Build the model that fits a checkpoint of the public H-Deformable-DETR, and load it.
 
-    state_dict: the checkpoint's 'model'. Layers, widths, classes, levels and the ResNet are read off the shapes; 8
-    heads are assumed, as in every official file. The class columns stay as they are: COCO's raw category ids 0..90.
-    `transformer.decoder.{class,bbox}_embed` are aliases of `{class,bbox}_embed`: both are expected, and equal.
-    Raises ValueError that names the entry if one is unknown, missing, of another shape, or an alias with other values;
-    and if `queries` does not sum to the rows of `query_embed.weight`.
+    state_dict: the checkpoint's 'model'. The shapes tell layers, widths, classes, levels and the
+    ResNet. 8 heads are assumed, as in every official file. The class columns stay COCO's raw
+    category ids 0..90. `transformer.decoder.{class,bbox}_embed` must equal `{class,bbox}_embed`.
+    Raises ValueError that names an entry which is unknown, missing, or has another shape or value.
     """
-    # Sizes from the shapes, then the model, then every entry under its name here; nothing may be left over.
     def shape(name: str) -> torch.Size:
         if name not in state_dict:
-            raise ValueError(f'missing entry {name} (expected a two-stage checkpoint of H-Deformable-DETR)')
+            raise ValueError(f'missing entry {name} (expected a two-stage checkpoint of '
+                             'H-Deformable-DETR)')
         return state_dict[name].shape
 
     def count(pattern: str) -> int:
-        return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state_dict) if m), default=-1)
+        numbers = [int(m[1]) for m in (re.match(pattern, name) for name in state_dict) if m]
+        return 1 + max(numbers, default=-1)
 
+    # Read the sizes off the shapes and build the model.
     levels, width = shape('transformer.level_embed')
     layers = count(r'transformer\.decoder\.layers\.(\d+)')
-    if mixed_selection and shape('query_embed.weight')[0] != sum(queries):
-        raise ValueError(f'query_embed.weight has {shape("query_embed.weight")[0]} rows, but queries={tuple(queries)}')
+    if mixed_selection:
+        rows = shape('query_embed.weight')[0]
+        if rows != sum(queries):
+            raise ValueError(f'query_embed.weight has {rows} rows, but queries={tuple(queries)}')
     blocks = tuple(count(rf'backbone\.0\.body\.layer{stage}\.(\d+)') for stage in (1, 2, 3, 4))
     resnets = {(2, 2, 2, 2): 'resnet18', (3, 4, 6, 3): 'resnet50', (3, 4, 23, 3): 'resnet101'}
     if blocks not in resnets:
-        raise ValueError(f'backbone.0.body.layer1..4 have {blocks} blocks: no ResNet that is known here')
+        raise ValueError(f'backbone.0.body.layer1..4 have {blocks} blocks: no known ResNet')
+    weights = shape('transformer.encoder.layers.0.self_attn.attention_weights.weight')[0]
     model = HybridDETR(
-        shape('class_embed.0.weight')[0], queries, resnets[blocks], width=width, levels=levels, decoder_layers=layers,
-        encoder_layers=count(r'transformer\.encoder\.layers\.(\d+)'), mixed_selection=mixed_selection,
+        shape('class_embed.0.weight')[0], queries, resnets[blocks], width=width, levels=levels,
+        encoder_layers=count(r'transformer\.encoder\.layers\.(\d+)'), decoder_layers=layers,
         ffn=shape('transformer.encoder.layers.0.linear1.weight')[0],
-        points=shape('transformer.encoder.layers.0.self_attn.attention_weights.weight')[0] // (8 * levels))
+        points=weights // (8 * levels), mixed_selection=mixed_selection)
+    # Load every entry under its name here. No entry may be left over.
     loaded, unknown = {}, set(state_dict)
     for ours, value in model.state_dict().items():
         name = official_name(ours, layers)
         if shape(name) != value.shape:
-            raise ValueError(f'entry {name} is {tuple(shape(name))}, the model needs {tuple(value.shape)}')
+            raise ValueError(f'entry {name} is {tuple(shape(name))}, the model needs '
+                             f'{tuple(value.shape)}')
         loaded[ours] = state_dict[name]
         unknown.discard(name)
         if re.match('(class|bbox)_embed', name):
@@ -704,16 +844,19 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
     return model
 
 
-# --- The example: two images through a small detector ---------------------------------------------------------------
+# --- The worked example: two images through a small detector ---
 
 @torch.no_grad()
 def demonstrate() -> None:
     """Print the shape behind every stage, and that the first group does not notice the second."""
     torch.manual_seed(0)
-    model = HybridDETR(5, groups=(4, 12), backbone='tiny', width=64, heads=4, encoder_layers=2, decoder_layers=3,
-                       ffn=128, levels=3)
-    images, padding_mask = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
-    images[1, :, :, 96:], padding_mask[1, :, 96:] = 0, True   # the second image is narrower
+    model = HybridDETR(5, groups=(4, 12), backbone='tiny', width=64, heads=4, encoder_layers=2,
+                       decoder_layers=3, ffn=128, levels=3)
+    images = torch.randn(2, 3, 96, 128)
+    padding_mask = torch.zeros(2, 96, 128, dtype=torch.bool)
+    # The second image is narrower.
+    images[1, :, :, 96:] = 0
+    padding_mask[1, :, 96:] = True
     tokens, shapes = model.pyramid(images)
     where = geometry(padding_mask, shapes, model.level_embed)
     encoded = model.encode(tokens, where)
@@ -721,23 +864,25 @@ def demonstrate() -> None:
     first, second = model.select(logits, box_logits, model.groups)
     in_training = model(images, padding_mask)
     at_inference = model.eval()(images, padding_mask)
-    print(f'2 images, C = 5 classes, groups of {model.groups} queries, levels of {", ".join(map(str, shapes))} cells\n')
-    for what, letters, x in (
-            ('images', 'B 3 H W', images), ('pyramid: backbone, one width', 'B S D', tokens),
-            ('encoder', 'B S D', encoded), ('proposals: scores of each token', 'B E S C', logits),
-            ('proposals: boxes', 'B E S 4', box_logits), ('the best become queries', 'B n 4', first),
+    levels = ', '.join(map(str, shapes))
+    print(f'2 images, C = 5 classes, groups of {model.groups} queries, levels of {levels} cells\n')
+    for stage, letters, x in (
+            ('images', 'B 3 H W', images),
+            ('pyramid: backbone, one width', 'B S D', tokens),
+            ('encoder', 'B S D', encoded),
+            ('proposals: scores of each token', 'B E S C', logits),
+            ('proposals: boxes', 'B E S 4', box_logits),
+            ('the best become queries', 'B n 4', first),
             ('and the next best, for group two', 'B n 4', second),
             ('decoder in train(): scores', 'L B N C', in_training.pred_logits),
             ('boxes', 'L B N 4', in_training.pred_boxes),
             ('decoder in eval(): one group', 'L B n 4', at_inference.pred_boxes)):
-        print(f'{what:36}{letters:10}{tuple(x.shape)}')
+        print(f'{stage:36}{letters:10}{tuple(x.shape)}')
     model.query_content[4:] += 1.0
     moved = (model.train()(images, padding_mask).pred_logits - in_training.pred_logits).abs()
-    print(f'\nWith other content in group two, its scores move by up to {moved[:, :, 4:].max():.2f}, and those of '
-          f'group one by {moved[:, :, :4].max():g}.')
+    print(f'\nWith other content in group two, its scores move by up to '
+          f'{moved[:, :, 4:].max():.2f}, and those of group one by {moved[:, :, :4].max():g}.')
 
 
 if __name__ == '__main__':
-    import argparse
-    argparse.ArgumentParser(description=demonstrate.__doc__).parse_args()
     demonstrate()

@@ -1,37 +1,40 @@
-"""Who is assigned to whom: every matching scheme of the papers as one row of one table.
+"""Which query is matched to which object: every scheme is one row of a table.
 
-The assignment problem, as the DEIM slides open it: what each worker asks for each task, in dollars.
+The assignment problem (DEIM slides): the dollars that each worker asks for a task.
 
               bathroom  floors  windows
     Alice         8        4       7
     Bob           5        2       3
     Carol         9        4       8
 
-One task each, as cheap as possible in sum: Alice takes the bathroom, Bob the windows and Carol the floors, for 8 + 3 +
-4 = 15. Bob is the cheapest everywhere, and is still not sent to the floors at 2. Here queries are the workers and
-objects the tasks, and there are more queries than objects: most stay without one and learn "nothing here".
+Each worker takes one task, and the sum shall be as small as possible. Alice takes
+the bathroom, Bob the windows and Carol the floors: 8 + 3 + 4 = 15. Bob would do the
+floors for 2, and still does not get them. In a detector, queries are the workers
+and objects are the tasks. Most queries stay unmatched and learn "background".
 
-A detector answers with a fixed row of N queries, each a box and C class scores. Training needs to know which query
-has to answer for which object. The row is cut into groups, whose queries see only one another. A group has a size, a
-number of copies of every ground truth that it must find in each decoder layer, and the weight of its loss. Apart
-from where the first boxes of its queries come from (hybrid_detr.py's `select`, and with it `encoder_groups`), nothing
-else tells the schemes apart: `query_groups` below is the whole subject.
+A detector predicts with a fixed row of N queries, each with a box and C class
+scores. The row is cut into groups. A group has a number of queries, a number of
+copies of every ground truth in each decoder layer, and the weight of its loss.
+Queries see only queries of their own group.
+A scheme is a list of groups and nothing more: `query_groups` below is the whole
+subject. (One exception: the boxes that a group starts from, see `encoder_groups`.)
 
-The letters, the same in every file of this project unless it says otherwise:
+The letters are the same in all files of this project:
 
     B images of a batch    L decoder layers       N queries in the row           C classes
-    M boxes of one image   K copies of each box   G groups (Group DETR: K)       S tokens of the encoder
-    P matched pairs        D width of a token     V levels of the pyramid        E pairs of encoder heads (box, class)
-    n queries of the first group, T of the second (branch)    L1 first layers that are one-to-many (layer)
+    M boxes of one image   K copies of each box   G groups (Group DETR: K)       S encoder tokens
+    P matched pairs        D width of a token     V levels of the pyramid        E encoder heads
+    n queries of the first group, T of the second (branch)    L1 first layers that are one-to-many
 
-Where the papers write otherwise: Group DETR's N is n here. In H-DETR n is M for epoch and N for layer, its m is M here,
-and epoch's K has a tilde.
+The papers differ in three letters. Group DETR's N is n here. H-DETR's M (epoch) and
+N (layer) are n here, and its m is M here.
 
-Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` says so where they are corners.
+Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` are corners.
 
-One toy through all schemes: 6 queries, ground truths A and B, and what each pair costs, the same in both of its decoder
-layers. A letter is the ground truth that query 0..5 has to find, a dot is "nothing here"; early and late are the start
-and the end of training (`python matchers.py` prints it).
+One toy goes through all schemes: 6 queries, ground truths A and B, and the cost of
+each pair, the same in both decoder layers. A letter is the ground truth that query
+0..5 is matched to, a dot is an unmatched query. Early and late are the start and
+the end of training (`python matchers.py`).
 
     query    0 1 2 3 4 5
     cost A   1 4 2 3 6 5
@@ -45,12 +48,12 @@ and the end of training (`python matchers.py` prints it).
     group     n=2 G=3        2 | 2 | 2    A B | B A | B A      A B | B A | B A     A B | B A | B A
     one2many  n=6 K=2        6            A B B A . .          A B B A . .         A B B A . .
 
-`epoch` changes with the time and `layer` with the depth, `branch` and `group` never: their extra positives live in
-queries of their own. In `branch` and `group`, q4 and q5 are positives, bad as they are: these groups are as small as
-the number of copies they have to find (T = K M = 4, n = M = 2).
+`epoch` changes with time and `layer` with depth. `branch` and `group` never change:
+their extra positives are queries of other groups. There q4 and q5 are matched
+although they cost much: these groups have as many queries as copies to match
+(T = K M = 4, n = M = 2).
 
-Papers: H-DETR = "DETRs with Hybrid Matching"; Group DETR = "Group DETR: Fast DETR Training with Group-Wise
-One-to-Many Assignment". This file needs torch, scipy and torchvision only, and can be copied alone.
+This file needs torch, torchvision and scipy, and can be copied alone.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -62,73 +65,114 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou
 
 
+# --- The schemes ---
+
 class QueryGroup(NamedTuple):
-    """One consecutive piece of the query row."""
+    """One consecutive part of the query row."""
     queries: int
-    copies: tuple[int, ...]    # of each ground truth, in each of the L layers
-    weight: float = 1.0        # of its loss
-    proposal_copies: int = 1   # of each ground truth for its encoder head; read only if groups have heads of their own
-    denoising: bool = False    # the assignment is known from the start: see `denoising_queries`
+    copies: tuple[int, ...]   # of each ground truth, in each of the L layers
+    weight: float = 1.0       # of its loss
+    proposal_copies: int = 1  # of each ground truth for an encoder head of its own
+    denoising: bool = False   # its pairs are known beforehand: see `denoising_queries`
 
 
 def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: int = 0, K: int = 1,
-                 weight: float = 1.0, rho: float = 2 / 3, L1: int = 0, G: int = 1) -> list[QueryGroup]:
-    """The table row of a scheme: the groups that are trained at `progress` (0 at the start, 1 at the end of training).
+                 weight: float = 1.0, rho: float = 2 / 3, L1: int = 0,
+                 G: int = 1) -> list[QueryGroup]:
+    """The groups of a scheme at `progress`, which is 0 at the start and 1 at the end of training.
 
-    The first group is the detector; the others exist only in training (Group DETR Alg. 1, H-DETR §3.2.1). It needs no
-    NMS under two conditions: its last layers end training one-to-one, and its self-attention never sees another group.
-    Then one query for each object is rewarded, and a second one is background. A new scheme is a new row (and its
-    numbers a row in train.TINY_ROWS and PAPER_ROWS). Copies and weights may change with progress, sizes not.
+    The first group is the detector; the others exist only in training. The detector
+    needs no NMS if its last layers end training one-to-one and its self-attention
+    never sees another group: then one query for each object is rewarded, and a
+    second one is background.
 
-    n: queries of the first group; T, K, weight (lambda in the paper): queries, copies and loss weight of the
-    one-to-many part; rho, L1: the part of training (progress < rho) and the number of first layers that are
-    one-to-many; G: groups. The schemes are those of the toy above. The second group of branch has proposal_copies K + 1
-    (the detector's copy and its own, see `encoder_groups`). Groups without queries are left out.
+    NUMBER_HELP explains the numbers. A new scheme is a row here and a row of
+    NUMBERS. Copies and weights may change with progress; sizes may not. Groups
+    without queries are left out.
     Raises ValueError for a scheme that is not in the table.
     """
     one, many = (1,) * layers, (K,) * layers
-    # In the equations, loss(P_l, gt) is that of the predictions of layer l, matched with the ground truths one-to-one;
-    # with K gt, each of these repeated K times, it is one-to-many.
+    # loss(P_l, gt) is the loss of layer l's predictions, matched one-to-one with
+    # the ground truths. loss(P_l, K gt) repeats each ground truth K times, which
+    # makes it one-to-many.
     table = {
-        # DETR; H-DETR Eq. 1: sum over l of loss(P_l, gt). A ground truth has one query, others learn "nothing here".
+        # DETR; H-DETR Eq. 1: sum over l of loss(P_l, gt).
         'one2one': [QueryGroup(n, one)],
-        # H-DETR §3.2.1: Eq. 1 for the first group, plus lambda times Eq. 2, sum over l of loss(P_l, K gt), for the
-        # second. Its T queries see each other: they are matched together, and share out the copies among themselves.
-        # K = 1 and 2 lose (Table 9, T = 300 K: 46.4 and 46.7 against 47.0 AP), K = 3 and more gain; the authors' guess
-        # is that the second group starts from worse proposals, which few copies do not repay (§4.2; in App. D, K = 1
-        # gains with better ones).
+        # H-DETR §3.2.1: Eq. 1 for the first group, plus lambda times Eq. 2, the sum
+        # over l of loss(P_l, K gt), for the second. Its T queries compete for the
+        # copies of each ground truth, so each copy goes to a different query. K = 1
+        # and K = 2 are worse than the baseline, K >= 3 is better (Table 9): the
+        # second group starts from worse proposals, which few copies do not make up
+        # for (the authors' guess, §4.2). For proposal_copies see `encoder_groups`.
         'branch': [QueryGroup(n, one), QueryGroup(T, many, weight, proposal_copies=K + 1)],
-        # H-DETR §3.2.2, Eq. 3: sum over l of loss(P_l, K gt) for the first rho of training; then Eq. 4, as Eq. 1.
+        # H-DETR §3.2.2, Eq. 3: sum over l of loss(P_l, K gt) for the first rho of
+        # training; then Eq. 4, which is Eq. 1 again.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
-        # H-DETR §3.2.2, Eq. 5 and 6: sum over l <= L1 of loss(P_l, K gt), plus sum over l > L1 of loss(P_l, gt). (As
-        # printed they overlap: Eq. 5 runs to L, Eq. 6 from L1. The text, and the 504 positives of §4.2, mean this.)
+        # H-DETR §3.2.2, Eq. 5 and 6: loss(P_l, K gt) summed over l <= L1, plus
+        # loss(P_l, gt)
+        # summed over l > L1. As printed the sums overlap; the text and §4.2's 504
+        # mean this.
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
-        # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses. Groups must not see each other (Eq. 5):
-        # a query would find those of others on its object and learn to count on them, and at inference they are gone
-        # (Table 7: 34.8 AP with attention across the groups, 37.6 without). It is more than a mask: each group is
-        # matched and weighed by itself, and attention folds equal groups into the batch (Alg. 1; hybrid_detr.py).
+        # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses.
+        # Self-attention is how duplicate queries are suppressed, and the other
+        # groups are gone at inference. So a group must not see them (Eq. 5; Table
+        # 7: 34.8 AP with attention across groups, 37.6 without). Each group is also
+        # matched and weighted by itself.
         'group': [QueryGroup(n, one, 1 / G)] * G,
-        # H-DETR Table 13 row 1, Group DETR Table 7 (b): K queries are rewarded for one object and nothing ranks them,
-        # so inference needs NMS.
+        # H-DETR Table 13 row 1, Group DETR Table 7 (b): K queries are rewarded for
+        # one object and nothing ranks them, so inference needs NMS.
         'one2many': [QueryGroup(n, many)],
     }
     if scheme not in table:
         raise ValueError(f'unknown scheme {scheme!r}: choose from {", ".join(table)}')
-    return [group for group in table[scheme] if group.queries > 0]   # T = 0 is the baseline
+    # T = 0 is the baseline.
+    return [group for group in table[scheme] if group.queries > 0]
 
 
-def expected_positives(scheme: str, layers: int, epochs: float, **row) -> float:
-    """Positive queries of one ground truth in a whole training, all layers and groups, if there are queries enough
-    (H-DETR §4.2: 504 in 12 epochs for all its schemes)."""
-    moments = 600   # of training, evenly spread: so it holds for any row of the table
-    positives = sum(sum(group.copies) for moment in range(moments)
-                    for group in query_groups(scheme, layers, (moment + 0.5) / moments, **row))
-    return epochs * positives / moments
+# The numbers of each scheme: those of `tiny`, and the papers' on COCO. No paper
+# gives one2many a K.
+NUMBERS = {
+    'one2one': (dict(n=50), dict(n=300)),
+    'branch': (dict(n=50, T=150, K=6, weight=1.0),
+               dict(n=300, T=1500, K=6, weight=1.0)),
+    'epoch': (dict(n=200, K=10, rho=2 / 3), dict(n=1800, K=10, rho=2 / 3)),
+    'layer': (dict(n=200, K=10, L1=2), dict(n=1800, K=10, L1=4)),
+    'group': (dict(n=50, G=4), dict(n=300, G=11)),
+    'one2many': (dict(n=200, K=6), dict(n=1800, K=6)),
+}
 
+# What each number of `query_groups` means, and its lowest and highest value.
+NUMBER_HELP = {
+    'n': ('queries of the first group, which is the detector', 1, 100_000),
+    'T': ('branch: queries of the one-to-many group; 0 is the baseline', 0, 100_000),
+    'K': ('branch, epoch, layer, one2many: copies of each ground truth', 1, 10_000),
+    'weight': ('branch: lambda, the loss weight of the one-to-many group', 0, 1e6),
+    'rho': ('epoch: the part of training that is one-to-many', 0, 1),
+    'L1': ('layer: the number of first decoder layers that are one-to-many', 0, 100),
+    'G': ('group: the number of groups', 1, 1000),
+}
+
+
+def expected_positives(scheme: str, layers: int, epochs: float, **numbers) -> float:
+    """Count the positives of one ground truth in a whole training, if there are enough queries.
+
+    All layers and groups count. H-DETR §4.2 has 504 in 12 epochs for all its
+    schemes.
+    """
+    # Evenly spread moments of training, so that any row of the table can be counted.
+    moments = 600
+    groups = [group for moment in range(moments)
+              for group in query_groups(scheme, layers, (moment + 0.5) / moments, **numbers)]
+    return epochs * sum(sum(group.copies) for group in groups) / moments
+
+
+# --- Cost and assignment ---
 
 class Matches(NamedTuple):
-    """P matched pairs: prediction [layer, image, query] answers for ground truth `gt` of the batch's concatenated
-    boxes. All int64 of shape (P,)."""
+    """P matched pairs: prediction [layer, image, query] is matched to ground truth `gt`.
+
+    `gt` counts through the boxes of the whole batch. All are int64 of shape (P,).
+    """
     layer: Tensor
     image: Tensor
     query: Tensor
@@ -136,232 +180,302 @@ class Matches(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Settings of `matching_cost`."""
-    kind: str = 'focal'          # or 'stable'
-    class_weight: float = 2.0    # w below; DETR's softmax cost has 1 (official code)
-    f2: float = 0.5              # stable: exponent of s' (Stable-DINO Table 9: 0.25 to 2, best 0.5)
-    official: bool = False       # stable: with the alpha of the released code
-    softmax: bool = False        # scores of DETR's cross-entropy, column C for "no object"
+    """Settings of the matching cost.
+
+    class_weight: w below; DETR's softmax cost has 1 (official code).
+    f2: the exponent of s' in 'stable' (Stable-DINO Table 9: 0.5 is best).
+    official: 'stable' has the alpha of the released code.
+    softmax: scores of DETR's cross-entropy, with column C for "no object".
+    """
+    kind: str = 'focal'  # or 'stable'
+    class_weight: float = 2.0
+    f2: float = 0.5
+    official: bool = False
+    softmax: bool = False
 
 
 def class_scores(logits: Tensor, softmax: bool = False) -> Tensor:
-    """(..., C) -> sigmoid scores; with softmax (..., C+1) -> (..., C), without the "no object" column."""
+    """(..., C) -> sigmoid scores. With softmax (..., C+1) -> (..., C), without "no object"."""
     return logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
 
 
 def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
-                  how: Cost = Cost()) -> Tensor:
-    """Of one image: what it would cost to make query n answer for ground truth m: (L,N,C), (L,N,4), (M,), (M,4) ->
-    (L,N,M).
+                  settings: Cost = Cost()) -> Tensor:
+    """The cost of matching query n to ground truth m, in one image and all layers.
+
+    (L,N,C), (L,N,4), (M,), (M,4) -> (L,N,M)
 
         cost = w * class + 5 * |box - gt|_1 - 2 * GIoU,  w = 2
-        class = alpha (1-p)^2 (-log p) - (1-alpha) p^2 (-log(1-p)),  p the score of gt's class, alpha = 1/4
-        kind 'stable' (Stable-DINO Eq. 4): p * s'^f2 in place of p, s' = (GIoU+1)/2; alpha and 1-alpha both become 1
+        class = alpha (1-p)^2 (-log p) - (1-alpha) p^2 (-log(1-p)),  alpha = 1/4,
+                where p is the score of gt's class
+        kind 'stable' (Stable-DINO Eq. 4): p * s'^f2 replaces p, with s' = (GIoU+1)/2, and both
+                alpha and 1-alpha become 1
         softmax (DETR, DEIM slides Eq. 2): class = -p, or -p * s'^f2
 
-    The focal class part is what the focal loss would change by if the query became positive (Deformable DETR's and
-    H-DETR's official code; H-DETR gives no formula, Stable-DINO Eq. 2 has it without alpha). Computed for all layers at
-    once, and only with the image's own ground truths; the official codes take the boxes of the whole batch.
-
-    Stable-DINO's code keeps one s' for each query and class, so that the last ground truth of a class decides for all,
-    and scales its largest to 1. Here each pair has its own, as in the paper.
+    The focal class part is the change of the focal loss if the query became
+    positive (official code of Deformable DETR; Stable-DINO Eq. 2 has no alpha).
+    Stable-DINO's code keeps one s' per query and class, so later boxes overwrite
+    earlier ones. Here each pair has its own, as in the paper.
     """
-    # float16 has no 1e-8, and bfloat16 knows a p near 1 only to 1/256.
-    pred_logits, pred_boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (pred_logits, pred_boxes))
-    boxes = pred_boxes.flatten(0, 1)                                                                # (L*N, 4)
-    l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], -1)                          # (L, N, M)
+    # Compute in float32: 1e-8 underflows in float16, bfloat16 rounds p near 1 to
+    # 1/256.
+    pred_logits, pred_boxes = (x.to(torch.promote_types(x.dtype, torch.float32))
+                               for x in (pred_logits, pred_boxes))
+    boxes = pred_boxes.flatten(0, 1)  # (L*N, 4)
+    l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], -1)  # (L, N, M)
     gt_xyxy, xyxy = (box_convert(x, 'cxcywh', 'xyxy') for x in (gt_boxes, boxes))
-    # The few ground truths first: faster on the CPU, and the same numbers.
-    giou = generalized_box_iou(gt_xyxy, xyxy).T.reshape(l1.shape)                        # (M, L*N) -> (L, N, M)
-    # p (L, N, M): for each ground truth the column of its class. (A softmax needs all C + 1 columns before.)
-    if how.softmax:
+    # Speed: with the few ground truths first it is faster on the CPU.
+    giou = generalized_box_iou(gt_xyxy, xyxy).T.reshape(l1.shape)  # (M, L*N) -> (L, N, M)
+    # p (L, N, M) has the column of each ground truth's class. A softmax needs all
+    # columns first.
+    if settings.softmax:
         p = class_scores(pred_logits, softmax=True)[..., gt_labels]
     else:
         p = class_scores(pred_logits[..., gt_labels])
-    if how.kind == 'stable':   # a query with a bad box is not taken for its score
-        p = p * ((giou + 1) / 2) ** how.f2   # GIoU >= -1
-    if how.softmax:
-        of_class = -p
+    if settings.kind == 'stable':  # a high score does not help a query with a bad box
+        p = p * ((giou + 1) / 2) ** settings.f2
+    if settings.softmax:
+        class_cost = -p
     else:
-        alpha, rest = (1.0, 1.0) if how.kind == 'stable' and not how.official else (0.25, 0.75)
-        as_match = alpha * (1 - p) ** 2 * -(p + 1e-8).log()   # 1e-8: as the official codes
+        without_alpha = settings.kind == 'stable' and not settings.official
+        alpha, rest = (1.0, 1.0) if without_alpha else (0.25, 0.75)
+        # 1e-8 as in the official codes.
+        as_match = alpha * (1 - p) ** 2 * -(p + 1e-8).log()
         as_background = rest * p ** 2 * -(1 - p + 1e-8).log()
-        of_class = as_match - as_background
-    return how.class_weight * of_class + 5 * l1 - 2 * giou   # 5 and 2: as in the loss (losses.py)
+        class_cost = as_match - as_background
+    return settings.class_weight * class_cost + 5 * l1 - 2 * giou  # 5 and 2 as in losses.py
 
 
 def one_to_many(cost: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-    """Hungarian assignment in which every ground truth wants `copies` queries: (N,M) on the CPU -> query_idx, gt_idx.
+    """Match every ground truth with `copies` queries: (N,M) on the CPU -> query_idx, gt_idx.
 
-    Repeating the ground truths K times and solving one-to-one *is* the one-to-many matching of H-DETR (Eq. 2). The
-    copies are tiled here, after the cost was computed once. When K*M is more than N, the N cheapest pairs in sum are
-    made and the other copies stay without a query: (min(N, K*M),) each.
+    H-DETR Eq. 2: repeat the ground truths K times, and solve one-to-one (Hungarian
+    assignment). The cost is computed once and repeated here. If K*M > N, the
+    cheapest N pairs in sum are made, and the other copies stay unmatched: both
+    results have the shape (min(N, K*M),).
     """
-    # Column c of the tiled costs is copy c // M of ground truth c % M. No query gets two columns, nor a column two
-    # queries: so the copies of a ground truth go to different queries.
+    # Column c of the repeated costs is copy c // M of ground truth c % M. Two
+    # columns never share a query, so each copy goes to a different query.
     query_idx, column = linear_sum_assignment(cost.repeat(1, copies).numpy())
-    return torch.from_numpy(query_idx), torch.from_numpy(column) % max(cost.shape[1], 1)   # an image may have M = 0
+    M = max(cost.shape[1], 1)  # an image may have no object
+    return torch.from_numpy(query_idx), torch.from_numpy(column) % M
 
 
 def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
-    """Solve every layer, image and group separately: B costs (L,N,M_b) on the CPU -> Matches on the CPU.
+    """Solve every layer, image and group separately: B costs (L,N,M_b) on the CPU -> Matches.
 
-    Groups do not compete for a ground truth, and neither do layers. A query that is in no pair learns "nothing here"
-    from the class loss and nothing from the box losses (losses.set_loss).
+    Neither groups nor layers compete for a ground truth. An unmatched query learns
+    "background" from the class loss and nothing from the box losses
+    (losses.set_loss).
     """
-    found, first_gt = [], 0
+    pairs, first_gt = [], 0
     for image, cost in enumerate(costs):
         M, first_query = cost.shape[2], 0
         for group in groups:
+            queries = slice(first_query, first_query + group.queries)
             for layer, copies in enumerate(group.copies):
-                if group.denoising:   # it has no costs: who answers for whom is known
+                if group.denoising:
                     query_idx, gt_idx = known_pairs(group.queries, copies, M)
                 else:
-                    query_idx, gt_idx = one_to_many(cost[layer, first_query:first_query + group.queries], copies)
-                at = torch.tensor([[layer], [image]]).expand(2, len(query_idx))
-                found.append(torch.cat([at, query_idx[None] + first_query, gt_idx[None] + first_gt]))     # (4, pairs)
+                    query_idx, gt_idx = one_to_many(cost[layer, queries], copies)
+                where = torch.tensor([[layer], [image]]).expand(2, len(query_idx))
+                which = torch.stack([query_idx + first_query, gt_idx + first_gt])
+                pairs.append(torch.cat([where, which]))  # (4, pairs)
             first_query += group.queries
         first_gt += M
-    return Matches(*torch.cat(found, 1))                                                                  # (P,) each
+    return Matches(*torch.cat(pairs, 1))  # (P,) each
 
+
+# --- Denoising queries ---
 
 class Denoising(NamedTuple):
-    """Queries made from ground truths, in groups of m slots with little noise and m with much; m is the number of
-    boxes of the fullest image, and images with fewer leave slots empty. In the row all of them are one QueryGroup,
-    whose X denoising groups see themselves and the detector, and are seen by none (hybrid_detr.GroupSelfAttention)."""
-    labels: Tensor   # (B, X*2*m) int64, C at empty slots
-    boxes: Tensor    # (B, X*2*m, 4)
-    groups: int      # X
+    """Queries made from ground truths, in X groups of m slots with little noise and m with much.
+
+    m is the number of boxes of the fullest image; other images leave slots empty.
+    All X groups are one QueryGroup of the row. Each of them sees itself and the
+    detector, and no matching query sees any of them
+    (hybrid_detr.GroupSelfAttention).
+    """
+    labels: Tensor  # (B, X*2*m) int64, C at empty slots
+    boxes: Tensor  # (B, X*2*m, 4)
+    groups: int  # X
 
     def query_group(self, layers: int) -> QueryGroup:
-        """As one more group of the row: every ground truth has a copy in each denoising group."""
+        """One more group of the row: every ground truth has a copy in each denoising group."""
         return QueryGroup(self.labels.shape[1], (self.groups,) * layers, denoising=True)
 
 
-def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], num_classes: int, number: int = 100,
-                      label_noise: float = 0.5, box_noise: float = 1.0) -> Denoising:
-    """Contrastive denoising (DINO; used by Stable-DINO and DEIM): boxes and labels with noise, to be restored.
+def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], num_classes: int,
+                      number: int = 100, label_noise: float = 0.5,
+                      box_noise: float = 1.0) -> Denoising:
+    """Contrastive denoising (DINO; used by Stable-DINO and DEIM): restore noisy boxes and labels.
 
-    gt_labels, gt_boxes: B tensors (M_b,), (M_b,4). There are X = max(1, number // m) groups, i.e. about `number` noisy
-    ground truths of the fullest image. A label is drawn anew with probability label_noise / 2 (as in DINO's code). Each
-    corner moves by r * half the box's width or height * box_noise, to either side: r in 0..1 for the first m queries of
-    a group, which answer for their ground truths, and in 1..2 for the other m, which are near misses and have to learn
-    "nothing here". Corners that cross are put in order (as in DEIM's code).
-    Without any box one group of empty slots is left, so that every step runs the same graph (as DINO's own code).
-    Stable-DINO's released settings draw r in 0..1 for both halves, i.e. without the contrast.
-    It goes with every scheme. Group DETR finds DN-DETR's denoising complementary to its groups (Fig. 8), and gives each
-    group a denoising task of its own (footnote 3), which is in no released code, and not here.
+    gt_labels, gt_boxes: B tensors (M_b,), (M_b,4). There are X = max(1, number //
+    m) groups, so the fullest image has about `number` noisy ground truths. A label
+    is drawn anew with probability label_noise / 2 (DINO's code). Each corner moves
+    by r * half the box's width or height * box_noise, to either side. The first m
+    queries of a group have r in 0..1 and are matched to their ground truth. The
+    other m have r in 1..2: they are near misses and learn "background". Crossed
+    corners are put in order (DEIM's code). A batch without boxes has one group of
+    empty slots, so that every step runs the same graph (DINO's code).
     """
     B, m = len(gt_labels), max(1, *map(len, gt_labels))
     X = max(1, number // m) if any(map(len, gt_labels)) else 1
-    # One image more, of m boxes, dropped again: so the length is m even in a batch without boxes.
-    more_labels, more_boxes = gt_labels[0].new_empty(m), gt_boxes[0].new_empty(m, 4)
-    labels = pad_sequence([*gt_labels, more_labels], batch_first=True, padding_value=num_classes)[:B]   # (B, m)
-    # 0.5: any box will do for an empty slot, which is background.
-    boxes = pad_sequence([*gt_boxes, more_boxes], batch_first=True, padding_value=0.5)[:B]              # (B, m, 4)
-    labels, boxes = (x[:, None, None].expand(B, X, 2, *x.shape[1:]) for x in (labels, boxes))      # (B, X, 2, m, .)
+    # One image of m boxes more, dropped again, makes the length m in a batch
+    # without boxes as well.
+    more_labels = gt_labels[0].new_empty(m)
+    more_boxes = gt_boxes[0].new_empty(m, 4)
+    labels = pad_sequence([*gt_labels, more_labels], batch_first=True,
+                          padding_value=num_classes)[:B]  # (B, m)
+    # An empty slot may have any box.
+    boxes = pad_sequence([*gt_boxes, more_boxes], batch_first=True,
+                         padding_value=0.5)[:B]  # (B, m, 4)
+    labels, boxes = (x[:, None, None].expand(B, X, 2, *x.shape[1:])
+                     for x in (labels, boxes))  # (B, X, 2, m, .)
     empty = labels == num_classes
-    anew = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & ~empty
-    labels = torch.where(anew, torch.randint_like(labels, num_classes), labels)
+    is_redrawn = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & ~empty
+    labels = torch.where(is_redrawn, torch.randint_like(labels, num_classes), labels)
 
-    far = torch.arange(2, device=boxes.device).view(2, 1, 1)   # 0 in the first half of a group, 1 in the second
+    # 0 in the first half of a group, 1 in the second.
+    far = torch.arange(2, device=boxes.device).view(2, 1, 1)
     sign = torch.randint_like(boxes, 2) * 2 - 1
-    half = torch.cat([boxes[..., 2:]] * 2, -1) / 2   # (w, h, w, h) / 2                            (B, X, 2, m, 4)
-    corners = box_convert(boxes, 'cxcywh', 'xyxy') + sign * (torch.rand_like(boxes) + far) * half * box_noise
-    # The corners as two rows (x, y), of which the smaller x and the smaller y come first.
-    in_order = corners.clamp(0, 1).unflatten(-1, (2, 2)).sort(-2).values.flatten(-2)
-    boxes = torch.where(empty[..., None], boxes, box_convert(in_order, 'xyxy', 'cxcywh'))
+    half = torch.cat([boxes[..., 2:]] * 2, -1) / 2  # (w, h, w, h) / 2
+    shift = sign * (torch.rand_like(boxes) + far) * half * box_noise
+    corners = box_convert(boxes, 'cxcywh', 'xyxy') + shift
+    # Two rows (x, y): the smaller x and the smaller y come first.
+    ordered = corners.clamp(0, 1).unflatten(-1, (2, 2)).sort(-2).values.flatten(-2)
+    boxes = torch.where(empty[..., None], boxes, box_convert(ordered, 'xyxy', 'cxcywh'))
     return Denoising(labels.flatten(1), boxes.flatten(1, 3), X)
 
 
 def known_pairs(queries: int, X: int, M: int) -> tuple[Tensor, Tensor]:
-    """Slot j of each of X denoising groups answers for ground truth j of M: -> query_idx, gt_idx (X*M,). A group has 2m
-    slots, m >= M, so these lie in its half with little noise."""
+    """Match slot j of each of X denoising groups to ground truth j: -> query_idx, gt_idx (X*M,).
+
+    A group has 2m slots and m >= M, so these slots lie in its half with little
+    noise.
+    """
     first = torch.arange(X) * (queries // X)
     return (first[:, None] + torch.arange(M)).flatten(), torch.arange(M).repeat(X)
 
 
-def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
-    """The encoder's proposals as a row of one layer. There is E = 1 head for all groups, or one for each; each head's
-    scores of all S tokens form a group of this row.
+# --- A training step ---
 
-    One head is matched one-to-one (official code of H-DETR). Where every group has a head, each is matched one-to-one
-    as well (Group DETR A.2 has the heads, but not how they are matched; its codes do this), except that of H-DETR's
-    one-to-many group: K + 1 copies (App. D). Each weighs as much as its group.
+def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
+    """The encoder's proposals as a row of one layer: one group of S tokens for each of E heads.
+
+    A single head is matched one-to-one (official code of H-DETR). With a head per
+    group, each is matched one-to-one as well (Group DETR A.2 and its code) and has
+    the weight of its group. The head of H-DETR's one-to-many group has K + 1
+    copies: the detector's and its own K (App. D).
     """
     if heads == 1:
         return [QueryGroup(tokens, (1,))]
-    return [QueryGroup(tokens, (group.proposal_copies,), group.weight) for group in groups if not group.denoising]
+    return [QueryGroup(tokens, (group.proposal_copies,), group.weight)
+            for group in groups if not group.denoising]
 
 
-@torch.no_grad()   # an assignment is a choice, not a function: no gradient goes through it, only through the losses
+@torch.no_grad()  # an assignment is a choice: gradients flow through the losses only
 def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encoder_boxes: Tensor,
           gt_labels: list[Tensor], gt_boxes: list[Tensor], groups: list[QueryGroup],
-          proposal_groups: list[QueryGroup], how: Cost = Cost()) -> tuple[Matches, Matches]:
-    """Match all layers, images and groups of a training step, and the encoder's proposals: -> (decoder, encoder).
+          proposal_groups: list[QueryGroup], settings: Cost = Cost()) -> tuple[Matches, Matches]:
+    """Match every layer, image and group of a training step, and the encoder's proposals.
 
-    pred_* (L,B,N,.), encoder_* (1,B,E*S,.), gt_* B tensors (M_b,) and (M_b,4), groups and proposal_groups: how the
-    rows are cut. The encoder is matched with every label 0, which means "object" there (official code of H-DETR).
-    The GPU is waited for once: all costs cross to the CPU in one transfer, where the official code waits for every
-    layer of both branches, and for the encoder.
-    Raises FloatingPointError, with the part, image and layer, if a logit or a box is not finite. Finite ones give
-    finite costs, since every ground truth has an area.
+    pred_* (L,B,N,.), encoder_* (1,B,E*S,.), gt_* B tensors (M_b,) and (M_b,4);
+    groups and proposal_groups say how the rows are cut. Returns the decoder's and
+    the encoder's Matches. The encoder is matched with every label 0, which means
+    "object" there (official code of H-DETR). Raises FloatingPointError, with part,
+    layer and image, if a logit or a box is not finite.
     """
     images = range(len(gt_boxes))
-    matching = sum(group.queries for group in groups if not group.denoising)   # denoising queries come last
-    costs = [matching_cost(pred_logits[:, b, :matching], pred_boxes[:, b, :matching], gt_labels[b], gt_boxes[b], how)
-             for b in images]
-    encoder_how = how._replace(softmax=False, class_weight=2.0) if how.softmax else how   # as in losses.criterion
-    costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b], torch.zeros_like(gt_labels[b]), gt_boxes[b],
-                            encoder_how) for b in images]
-    # (L+1, B): not finite if any logit or box is not.
-    sums = torch.cat([logits.sum((2, 3), dtype=torch.float32) + boxes.sum((2, 3), dtype=torch.float32)
-                      for logits, boxes in ((pred_logits, pred_boxes), (encoder_logits, encoder_boxes))])
+    # Denoising queries come last in the row, and need no cost.
+    matching = sum(group.queries for group in groups if not group.denoising)
+    costs = [matching_cost(pred_logits[:, b, :matching], pred_boxes[:, b, :matching], gt_labels[b],
+                           gt_boxes[b], settings) for b in images]
+    # The encoder scores with a sigmoid always, as in losses.criterion.
+    if settings.softmax:
+        settings = settings._replace(softmax=False, class_weight=2.0)
+    costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b],
+                            torch.zeros_like(gt_labels[b]), gt_boxes[b], settings) for b in images]
+    # (L+1, B): a sum is not finite if any logit or box is not.
+    rows = (pred_logits, pred_boxes), (encoder_logits, encoder_boxes)
+    sums = torch.cat([sum(x.sum((2, 3), dtype=torch.float32) for x in row) for row in rows])
+    # Speed: all costs cross to the CPU in one transfer, so the CPU waits for the
+    # GPU once a step.
     on_gpu = [*costs, sums]
     flat = torch.cat([x.flatten() for x in on_gpu]).cpu()
-    *on_cpu, sums = [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in on_gpu]), on_gpu)]
+    parts = flat.split([x.numel() for x in on_gpu])
+    *costs, sums = [part.view_as(x) for part, x in zip(parts, on_gpu)]
     broken = (~sums.isfinite()).nonzero().tolist()
     if broken:
         layer, image = broken[0]
-        where = 'the encoder' if layer == len(pred_logits) else f'decoder layer {layer}'
-        raise FloatingPointError(f'the predictions of {where} are not finite for image {image} of the batch')
-    decoder, encoder = assign(on_cpu[:len(images)], groups), assign(on_cpu[len(images):], proposal_groups)
-    # Stacked to (4, P), so that each goes to the GPU in one copy.
-    return tuple(Matches(*torch.stack(pairs).to(pred_logits.device, non_blocking=True)) for pairs in (decoder, encoder))
+        part = 'the encoder' if layer == len(pred_logits) else f'decoder layer {layer}'
+        raise FloatingPointError(f'the predictions of {part} are not finite for image {image} of '
+                                 'the batch (lower the learning rate?)')
+    decoder = assign(costs[:len(images)], groups)
+    encoder = assign(costs[len(images):], proposal_groups)
+    # Stacked to (4, P), each crosses to the GPU in one copy.
+    device = pred_logits.device
+    return tuple(Matches(*torch.stack(matches).to(device, non_blocking=True))
+                 for matches in (decoder, encoder))
 
 
-# --- The example of the docstring, printed --------------------------------------------------------------------------
+def matching_stats(outputs, matches: Matches, labels: Tensor, iou: Tensor, sizes: tuple[int, ...],
+                   softmax: bool = False) -> dict[str, Tensor]:
+    """Statistics of a step's matching, which show whether the detector learns to choose.
 
-TOY_COST = torch.tensor([[1.0, 2], [4, 3], [2, 1], [3, 6], [6, 5], [5, 9]])   # 6 queries, ground truths A and B
-TOY_ROWS = {'one2one': dict(n=6), 'branch': dict(n=2, T=4, K=2), 'epoch': dict(n=6, K=2), 'layer': dict(n=6, K=2, L1=1),
-            'group': dict(n=2, G=3), 'one2many': dict(n=6, K=2)}
+    Statistics of the detector (first group) in its last layer: summed IoU and score
+    of the matched pairs, their number, and the best score of an unmatched query
+    (mean over the images). `pairs` counts the pairs of all groups and layers,
+    without denoising. labels (sum of M_b,), iou (P,), sizes: queries of each group.
+    Speed: boolean indexing would wait for the GPU.
+    """
+    n = sizes[0]
+    scores = class_scores(outputs.pred_logits[-1].detach(), softmax)  # (B, N, C)
+    last = len(outputs.pred_logits) - 1
+    is_final = (matches.layer == last) & (matches.query < n)  # (P,)
+    pair_scores = scores[matches.image, matches.query, labels[matches.gt]] * is_final
+    # Pairs of other layers add 0 to the same cells.
+    matched = torch.zeros_like(scores[..., 0]).index_put(
+        (matches.image, matches.query), is_final.to(scores), accumulate=True)  # (B, N)
+    unmatched = (scores.amax(-1) * (1 - matched))[:, :n]
+    return {'iou': (iou * is_final).sum(), 'score': pair_scores.sum(),
+            'matched': is_final.sum(), 'best_unmatched': unmatched.amax(1).mean(),
+            'pairs': (matches.query < sum(sizes)).sum()}
+
+
+# --- The example of the docstring, printed ---
+
+TOY_COST = torch.tensor([[1.0, 2], [4, 3], [2, 1], [3, 6], [6, 5], [5, 9]])
+TOY_ROWS = {'one2one': dict(n=6), 'branch': dict(n=2, T=4, K=2), 'epoch': dict(n=6, K=2),
+            'layer': dict(n=6, K=2, L1=1), 'group': dict(n=2, G=3), 'one2many': dict(n=6, K=2)}
 
 
 def toy(scheme: str, layer: int, progress: float) -> tuple[list[QueryGroup], list[str]]:
-    """The groups of a scheme with 2 decoder layers, and for each toy query 'A', 'B' or '.' in that layer."""
+    """The groups of a scheme with 2 decoder layers, and 'A', 'B' or '.' for each toy query."""
     groups = query_groups(scheme, 2, progress, **TOY_ROWS[scheme])
-    matches, found = assign([TOY_COST.expand(2, -1, -1)], groups), ['.'] * len(TOY_COST)
-    for at, query, gt in zip(matches.layer.tolist(), matches.query.tolist(), matches.gt.tolist()):
-        if at == layer:
-            found[query] = 'AB'[gt]
-    return groups, found
+    letters = ['.'] * len(TOY_COST)
+    matches = assign([TOY_COST.expand(2, -1, -1)], groups)
+    for pair_layer, _, query, gt in torch.stack(matches, 1).tolist():
+        if pair_layer == layer:
+            letters[query] = 'AB'[gt]
+    return groups, letters
 
 
 if __name__ == '__main__':
-    import argparse
-    argparse.ArgumentParser(description='Carry a toy cost matrix through every matching scheme.').parse_args()
-    print('6 queries, ground truths A and B, and what each pair costs, the same in both decoder layers:')
-    for name, of_gt in zip('AB', TOY_COST.T.tolist()):
-        print(f'cost {name}:  {"  ".join(f"q{q} {cost:g}" for q, cost in enumerate(of_gt))}')
-    print('\nWhat q0 to q5 have to find (. nothing, | the next group), early and late in training:')
-    print(f'{"scheme":10}{"numbers":17}{"groups":13}{"first layer, early":21}{"last layer, early":20}last layer, late')
+    print('6 queries, ground truths A and B, and the cost of each pair in both decoder layers:')
+    for name, column in zip('AB', TOY_COST.T.tolist()):
+        costs = '  '.join(f'q{q} {cost:g}' for q, cost in enumerate(column))
+        print(f'cost {name}:  {costs}')
+    print('\nThe ground truths that q0 to q5 are matched to (. none, | the next group):')
+    print('scheme    numbers          groups       first layer, early   last layer, early   '
+          'last layer, late')
     for scheme, numbers in TOY_ROWS.items():
         cells = []
         for layer, progress in ((0, 0.0), (1, 0.0), (1, 1.0)):
-            groups, found = toy(scheme, layer, progress)
-            letters = iter(found)
-            cells.append(' | '.join(' '.join(next(letters) for _ in range(group.queries)) for group in groups))
-        print(f'{scheme:10}{" ".join(f"{k}={v}" for k, v in numbers.items()):17}'
-              f'{" | ".join(str(group.queries) for group in groups):13}{cells[0]:21}{cells[1]:20}{cells[2]}')
-    print('\nWith K = 2 in one group of 6, both A and B cost least at q0 and q2: each gets one of these and one that '
-          'costs it more,\nso that all four together cost least.')
+            groups, letters = toy(scheme, layer, progress)
+            rest = iter(letters)
+            cells.append(' | '.join(' '.join(next(rest) for _ in range(group.queries))
+                                    for group in groups))
+        given = ' '.join(f'{name}={value}' for name, value in numbers.items())
+        sizes = ' | '.join(str(group.queries) for group in groups)
+        print(f'{scheme:10}{given:17}{sizes:13}{cells[0]:21}{cells[1]:20}{cells[2]}')
