@@ -92,7 +92,8 @@ SETTINGS = {
         'separate_attention': Row(True, 'groups do not see each other in training')},
     'Stable-DINO and DEIM, with every scheme': dict(
         cls_loss=Row('focal', 'classification loss', choices=tuple(CLASS_WEIGHTS)),
-        class_weight=Row(lambda s: CLASS_WEIGHTS[s['cls_loss']], 'its weight', kind=float),
+        class_weight=Row(lambda s: CLASS_WEIGHTS[s['cls_loss']],
+                         'its weight (1; focal 2, stable 6)', kind=float),
         mal_gamma=Row(1.5, 'mal: exponent', 1, 100, needs=('cls_loss', 'mal')),
         f1=Row('s2', 'stable: target of a score (Stable-DINO Table 7)', choices=tuple(F1),
                needs=('cls_loss', 'stable')),
@@ -101,7 +102,7 @@ SETTINGS = {
         official_losses=Row(False, "the released codes' vfl, mal, stable loss and cost"),
         cost=Row('focal', 'matching cost (Stable-DINO Eq. 4)', choices=('focal', 'stable')),
         cost_class=Row(lambda s: 1.0 if s['cls_loss'] == 'ce' else 2.0,
-                       'weight of its class part', kind=float),
+                       'weight of its class part (2; ce 1)', kind=float),
         f2=Row(0.5, "stable: exponent of the box's quality", 0, 100, needs=('cost', 'stable')),
         fusion=Row('none', 'join backbone and encoder features (Stable-DINO §3)',
                    choices=('none', 'simple', 'ulike', 'dense')),
