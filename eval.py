@@ -32,8 +32,8 @@ from torchvision.transforms.v2.functional import to_dtype, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, FirstImages, UserError,
-                  collate, open_dataset, val_loader)
+from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, DenseOneToOne, FirstImages,
+                  UserError, collate, open_dataset, val_loader)
 from hybrid_detr import HybridDETR, Outputs, TooFewTokens, from_official
 from matchers import (Cost, assign, class_scores, encoder_groups, match, matching_cost,
                       query_groups)
@@ -286,8 +286,6 @@ def average_precision(coco_json: dict, rows, table=False, curve=None):
     table=True prints the numbers.
     curve: PNG for precision over recall.
     """
-    if not coco_json['images']:
-        raise UserError('there are no images to evaluate on')
     coco_eval, precision = coco_evaluation(coco_json, rows)
     with contextlib.redirect_stdout(io.StringIO()) as summary:
         coco_eval.summarize()
@@ -461,11 +459,23 @@ def save_grid(rows: list[list], path):
     grid.save(path)
 
 
+def draw_samples(dataset, path):
+    """Save a PNG of 8 images as a training sees them, mosaics in DenseOneToOne."""
+    check_target('samples', path, '.png')
+    dense = (True,) * isinstance(dataset, DenseOneToOne)
+    pictures, names = [], dataset.categories.names
+    for index in range(min(8, len(dataset))):
+        sample = dataset[0, index, *dense]
+        labels = sample.labels.tolist()
+        pictures.append(draw_boxes(as_picture(sample.image), sample.boxes, labels,
+                                   [names[label] for label in labels]))
+    save_grid([row for row in (pictures[:4], pictures[4:]) if row], path)
+
+
 def draw_predictions(model, dataset, ids, path, n_images=4, threshold=0.3, nms=None, group=0):
     """Save a PNG: ground truth left, predictions right.
 
     Each of the first n_images is a row, and a class keeps its colour.
-    threshold: the lowest score of a prediction.
     """
     rows, known = [], dataset.categories
     names = dict(zip(known.ids, known.names))
@@ -519,50 +529,32 @@ def draw_matches(model, dataset, ids, path, index, cost=Cost()):
     save_grid([panels[:2], panels[2:]], path)
 
 
-def axis(values: list):
-    """Return limits around all values, and up to 6 round ticks."""
-    low, high = min(map(min, values)), max(map(max, values))
-    margin = (high - low or abs(high) or 1) / 20
-    low, high = low - margin, high + margin
-    steps = (digit * 10.0 ** power for power in range(-9, 10) for digit in (1, 2, 5))
-    step = next(step for step in steps if (high - low) / step <= 6)
-    return (low, high), step * np.arange(math.ceil(low / step), high / step)
-
-
 def line_chart(lines: dict, names, path):
-    """Save a PNG of lines {text: (x, y)}.
+    """Save a PNG of lines {text: (x, y)}, on axes from 0 to the largest value.
 
     A line (x, y, lowest, highest) has a band. names: of both axes.
     """
-    x_limits, x_ticks = axis([x for x, *_ in lines.values()])
-    y_limits, y_ticks = axis([y for _, *ys in lines.values() for y in ys])
+    right = max(max(x) for x, *_ in lines.values())
+    highest = max(max(map(max, ys)) for _, *ys in lines.values()) or 1
     top, bottom = 110 + 50 * len(lines), 1060 + 50 * len(lines)  # below the legend
     # The picture is halved at the end, for smooth lines.
     image = Image.new('RGB', (1600, bottom + 140), 'white')
     pen, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.load_default(40)
-
-    def across(x):
-        return np.interp(x, x_limits, (150, 1560))
-
-    def up(y):
-        return np.interp(y, y_limits, (bottom, top))
-
-    for tick, x in zip(x_ticks, across(x_ticks)):
+    for tick in np.linspace(0, 1, 6):
+        x, y = 150 + 1410 * tick, bottom + (top - bottom) * tick
         pen.line((x, top, x, bottom), '#DDDDDD', 2)
-        pen.text((x, bottom + 50), f'{tick:.6g}', 'black', font, 'ms')
-    for tick, y in zip(y_ticks, up(y_ticks)):
+        pen.text((x, bottom + 50), f'{tick * right:.4g}', 'black', font, 'ms')
         pen.line((150, y, 1560, y), '#DDDDDD', 2)
-        pen.text((134, y), f'{tick:.4g}', 'black', font, 'rm')
+        pen.text((134, y), f'{tick * highest:.2g}', 'black', font, 'rm')
     pen.text((855, bottom + 120), names[0], 'black', font, 'ms')
     pen.text((20, top - 40), names[1], 'black', font, 'lm')
     for i, (text, (x, *ys)) in enumerate(lines.items()):
         colour, height = COLOURS[i % len(COLOURS)], 40 + 50 * i
-        points, *edges = (list(zip(across(x), up(y))) for y in ys)
+        across = 150 + 1410 * np.array(x) / right
+        points, *edges = (list(zip(across, bottom + (top - bottom) * y / highest)) for y in ys)
         if edges:
             pen.polygon(edges[0] + edges[1][::-1], colour + '40', colour, 2)
         pen.line(points, colour, 8, 'curve')
-        for x, y in points if len(points) <= 20 else ():
-            pen.ellipse((x - 9, y - 9, x + 9, y + 9), colour)
         pen.line((20, height, 80, height), colour, 8)
         pen.text((96, height), text, 'black', font, 'lm')
     image.reduce(2).save(path)
@@ -595,8 +587,8 @@ def read_metrics(path: Path):
     lines, records = path.read_text(errors='replace').splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             if number < len(lines):
                 raise UserError(f'line {number} of {path} is damaged') from None
     return records
@@ -610,7 +602,8 @@ def compare(folders: list[str], picture=None):
     """Print a table of runs, and draw their AP over the steps.
 
     The folders NAME-1, NAME-2, ... are seeds of NAME, which is one row and
-    one line: mean, and lowest to highest.
+    one line: mean, and lowest to highest. memory_gb is the peak before the
+    first evaluation.
     Raises UserError for a folder without an evaluation, and for seeds that
     were evaluated at different steps.
     """
@@ -622,11 +615,12 @@ def compare(folders: list[str], picture=None):
         if not evaluations:
             raise UserError(f'{file} holds no evaluation')
         numbers = dict.fromkeys(COLUMNS, -1) | evaluations[-1]  # -1: no number
-        for key, summary in (('seconds_per_step', np.median), ('memory_gb', max)):
+        for key, summary in (('seconds_per_step', np.median), ('memory_gb', min)):
             numbers[key] = summary([r[key] for r in records if r.get(key)] or [-1])
-        name = re.sub(r'-\d+$', '', folder.name)
+        name = re.sub(r'-\d+$', '', str(folder))
         seeds.setdefault(name, []).append((evaluations, numbers))
-    table = [['run', 'seeds', 'steps', *COLUMNS], ['---'] * (3 + len(COLUMNS))]
+    table = [['mean (lowest-highest)', 'seeds', 'steps', *COLUMNS],
+             ['---'] * (3 + len(COLUMNS))]
     for name, runs in seeds.items():
         evaluations, numbers = zip(*runs)
         steps = [[record['step'] for record in records] for records in evaluations]
@@ -644,7 +638,6 @@ def compare(folders: list[str], picture=None):
         lines[name] = steps[0], ap.mean(0), ap.min(0), ap.max(0)
     for cells in table:
         print('|', ' | '.join(cells), '|')
-    print('\nmean (lowest-highest)')
     if picture:
         line_chart(lines, ('steps', 'AP'), picture)
 
@@ -705,7 +698,7 @@ def parse(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 0, 10 ** 9)
     add('--weights', help='checkpoint, own or of H-Deformable-DETR')
-    add('--data', help="'shapes' or a folder in the COCO layout (default: as trained)")
+    add('--data', help='shapes or a folder (default: as trained)')
     add('--split', choices=('val', 'train'),
         help='default val; after --overfit train')
     add('--image-size', type=number(int, 64, 4096), help='short side (default: as trained)')
@@ -718,11 +711,11 @@ def parse(argv=None):
         help='IoU at which a better box of its class removes a box')
     add('--per-class', action='store_const', const=True, help='AP of each class')
     add('--save-json', help="file for detections in COCO's results format")
-    add('--unstable', type=count, metavar='N',
+    add('--unstable', type=count,
         help='unstable score of the first N images (paper: 20)')
     add('--pr-curve', help='PNG for precision over recall')
-    add('--pictures', type=number(int, 0, 1000), metavar='N',
-        help='draw the first N images and what is found')
+    add('--pictures', type=number(int, 0, 1000),
+        help='draw N images and what is found')
     add('--picture-file', help='PNG for --pictures (default predictions.png)')
     add('--matches', help='PNG: how four schemes match an image')
     add('--image', type=count, help='image of --matches (default 0)')
@@ -790,6 +783,8 @@ def main(argv=None):
 REASONS = {
     'gloo': 'another process is gone; its message says why',
     'DataLoader worker (pid': 'a loading process is gone; fewer --workers?',
+    'compiler': '--compile needs what is named here',
+    'triton': '--compile needs it',
     'allocate memory': 'the memory is full'}
 
 

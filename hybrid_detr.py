@@ -247,6 +247,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, heads: int, levels: int, points: int):
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
+        self.core = deformable_attention  # or a compiled one
         self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
         self.attention_weights = nn.Linear(width, heads * levels * points)
         self.value_proj = nn.Linear(width, width)
@@ -297,7 +298,7 @@ class DeformableAttention(nn.Module):
         else:
             # Offsets from a box count in its size. At the start, point J - 1 is on its border.
             locations = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
-        return self.output_proj(deformable_attention(value, shapes, locations, weights))
+        return self.output_proj(self.core(value, shapes, locations, weights))
 
 
 class GroupSelfAttention(nn.Module):

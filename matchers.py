@@ -109,9 +109,8 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
         # training; then Eq. 4, which is Eq. 1 again.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
         # H-DETR §3.2.2, Eq. 5 and 6: loss(P_l, K gt) summed over l <= L1, plus
-        # loss(P_l, gt)
-        # summed over l > L1. As printed the sums overlap; the text and §4.2's 504
-        # mean this.
+        # loss(P_l, gt) summed over l > L1. As printed the sums overlap; the text
+        # and the 504 positives of §4.2 mean this.
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
         # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses.
         # Self-attention is how duplicate queries are suppressed, and the other

@@ -368,13 +368,26 @@ class TestMatching(unittest.TestCase):
         self.assertEqual(total('branch', n=6, T=6, K=2, weight=0.0), total('one2one', n=6))
 
     def test_numbers_of_the_papers(self):
-        queries = {scheme: sum(group.queries for group in query_groups(scheme, 6, **paper))
-                   for scheme, (_, paper) in matchers.NUMBERS.items()}
-        self.assertEqual(queries, dict(one2one=300, branch=1800, epoch=1800, layer=1800, group=3300,
-                                       one2many=1800))
+        queries = dict(one2one=300, branch=1800, epoch=1800, layer=1800,
+                       group=3300, one2many=1800)
+        for scheme, wanted in queries.items():
+            _, paper = matchers.NUMBERS[scheme]
+            groups = query_groups(scheme, 6, **paper)
+            self.assertEqual(sum(group.queries for group in groups), wanted)
         arguments = inspect.signature(query_groups).parameters.values()
         self.assertEqual(set(matchers.NUMBER_HELP),
                          {x.name for x in arguments if x.kind == x.KEYWORD_ONLY})
+
+    def test_a_tenth_of_the_learning_rate(self):
+        model = tiny_model((4,))
+        for pretrained in False, True:
+            normal, slow = hybrid_detr.parameter_groups(model, 1.0, pretrained)
+            self.assertEqual((normal['base_lr'], slow['base_lr']), (1.0, 0.1))
+            is_slow = {id(x): False for x in normal['params']}
+            is_slow |= {id(x): True for x in slow['params']}
+            for name, x in model.named_parameters():
+                wanted = 'sampling_offsets' in name or pretrained and 'backbone.' in name
+                self.assertEqual(is_slow[id(x)], wanted, name)
 
     def test_504_positives(self):
         """H-DETR §4.2: its three schemes give a ground truth equally many positives."""
@@ -808,8 +821,8 @@ class TestLosses(Close, unittest.TestCase):
         """Stable-DINO Table 7: 1 for a perfect pair, and the order for a bad one."""
         s, p = torch.tensor([1, 0.25]), torch.tensor([1, 0.4])
         targets = {name: f1(s, p).tolist() for name, f1 in losses.F1.items()}
-        self.assertEqual({round(perfect, 6) for perfect,
-                          _ in targets.values()}, {1})
+        perfect = {round(target, 6) for target, _ in targets.values()}
+        self.assertEqual(perfect, {1})
         self.assertEqual(sorted(targets, key=lambda name: targets[name][1]),
                          ['s3', 's2p1', 's2', 's1p1', 'exp', 's1p0.25', 's1', 'sin', 's0.5'])
 
@@ -1602,28 +1615,29 @@ class TestMeasures(InFolder):
     def test_comparison_of_runs(self):
         command = ['--compare']
         for i, (run, aps) in enumerate({'group-0': (0.1, 0.4), 'group-1': (0.2, 0.6),
-                                        'one2one': (0.3, 0.3)}.items()):
+                                        'one2one': (0.3, 0.3),
+                                        'other/group-1': (0.9, 0.9)}.items()):
             records = [dict(step=5, loss=1, seconds_per_step=seconds + i, memory_gb=seconds)
                        for seconds in (1, 9, 2)]
             records += [dict(step=step, AP=ap, AP50=ap / 2,
                              AP_nms=1 - ap, gflops=3)
                         for step, ap in zip((10, 20), aps)]
             file = self.root / run / 'metrics.jsonl'
-            file.parent.mkdir()
+            file.parent.mkdir(parents=True)
             file.write_text('\n'.join([*map(json.dumps, records), '{"step": 30, "lo']))  # torn
             command.append(str(file.parent))
         with quiet() as printed:
             evaluation.main([*command, '--curves', str(self.root / 'curves.png')])
         self.looks_drawn(self.root / 'curves.png')
         # Seeds, steps; mean, lowest and highest of AP, AP50, AP_nms, s/step, GB, GFLOPs.
-        for wanted in ('group 2 20 .5 .4 .6 .25 .2 .3 .5 .4 .6 2.5 2 3 9 9 9 3 3 3',
-                       'one2one 1 20 .3 .15 .7 4 9 3'):
+        for wanted in ('group 2 20 .5 .4 .6 .25 .2 .3 .5 .4 .6 2.5 2 3 1 1 1 3 3 3',
+                       'one2one 1 20 .3 .15 .7 4 1 3', 'other/group 1 20 .9 .45 .1 5 1 3'):
             name, *numbers = wanted.split()
-            row = re.search(rf'^\| {name} \|(.*)', printed.getvalue(), re.M)[1]
+            row = re.search(rf'^\| {self.root}/{name} \|(.*)', printed.getvalue(), re.M)[1]
             self.assertEqual([*map(float, re.findall(r'[\d.]+', row))], [*map(float, numbers)])
         for content in '{"step": 5, "loss": 1}', 'garbage}\n' + file.read_text():
             file.write_text(content)
-            self.refuses('one2one', evaluation.main, command)
+            self.refuses('other/group-1', evaluation.main, command)
 
 
 # --- The commands ---
@@ -1727,6 +1741,10 @@ class TestTraining(Commands):
                 self.assertIn(f'] = {metrics["AP50"]:.3f}',
                               printed, 'same images')
         logged = (self.root / out / 'metrics.jsonl').read_text()
+        line = json.loads(logged.splitlines()[0])
+        self.assertAlmostEqual(line['images_per_second'] * line['seconds_per_step'], 2)
+        factor = train.lr_factor(self.checkpoint(out)['settings'], 43 / 44)
+        self.assertAlmostEqual(line['lr'], 8e-3 * factor)
         for name in ('gradient_norm', 'matched_iou', 'matched_score', 'best_unmatched_score', 'lr',
                      'positives', 'AP75', 'oLRP', 'AP_nms',
                      'parameters', 'gflops', *SPEEDS):
@@ -1788,7 +1806,10 @@ class TestTraining(Commands):
         self.refuses('has amp False.* True', self.train, f'{resume} --amp')
         self.refuses('--epochs 3.*keeps', self.train, f'{resume} --epochs 3')
         self.refuses('--resume', self.train, '--steps 1')  # --out holds a run
+        before = self.records()
         self.assertIn('steps 1 to 1', self.train(f'{resume} --queries 8'))
+        self.assertEqual(self.records(), before, 'the evaluation of the last step stays')
+        self.refuses('--out', self.train, f'{resume} --out ROOT/other')
         fewer = {**good, 'images': good['images'][:2],
                  'annotations': good['annotations'][:2]}
         more = {**good, 'categories': [*good['categories'], {'id': 91, 'name': 'new'}]}
@@ -1949,16 +1970,27 @@ class TestTraining(Commands):
         for flags in '', '--dense-o2o':
             self.train(f'--samples ROOT/samples{flags}.png {flags}')
         self.assertFalse((self.root / 'run').exists(), 'nothing is trained')
-        self.train('--scheme group --G 2 --steps 1 --unstable 2')
+        score = self.patch(evaluation, 'unstable_score', side_effect=evaluation.unstable_score)
+        self.train('--scheme group --G 2 --steps 1 --unstable 2 --cost stable')
+        self.assertEqual(score.call_args.args[-1].kind, 'stable')
         self.assertEqual(len(self.records()[-1]['unstable']), 2, 'one for each decoder layer')
-        weights = '--weights ROOT/run/checkpoint.pt'
+        weights, rows, evaluate = '--weights ROOT/run/checkpoint.pt', [], evaluation.evaluate
+
+        def evaluate_and_keep(*arguments, **keywords):
+            result = evaluate(*arguments, **keywords)
+            rows.extend(result[2].tolist())
+            return result
+        self.patch(evaluation, 'evaluate', evaluate_and_keep)
         printed = self.evaluate(
             f'{weights} --save-json ROOT/results.json --per-class --nms 0.7 --group 1 --unstable 2 '
             '--pictures 2 --picture-file ROOT/pictures.png --pr-curve ROOT/curve.png '
             '--matches ROOT/matches.png --image 1')
-        self.assertRegex(printed, r'(?s)unstable.* \[[\d.]+, [\d.]+\].*triangle +AP ')
-        result, *_ = json.loads((self.root / 'results.json').read_text())
-        self.assertEqual({*result}, {'image_id', 'category_id', 'bbox', 'score'})
+        self.assertRegex(printed, r'unstable \[[\d.]+, [\d.]+\]')
+        self.assertEqual(re.findall(r'(?m)^(\w+) +AP ', printed), [*data.SHAPES])
+        results = json.loads((self.root / 'results.json').read_text())
+        for result, (image, *bbox, score, category) in zip(results, rows, strict=True):
+            self.assertEqual(result, dict(image_id=image, category_id=category,
+                                          bbox=bbox, score=score))
         drawn = [*self.root.glob('**/*.png')]
         self.assertEqual(len(drawn), 6)
         for path in drawn:

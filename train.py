@@ -37,7 +37,7 @@ import eval as evaluation
 from data import DENSE, DenseOneToOne, FirstImages, UserError, open_dataset, train_loader
 from eval import flag
 from hybrid_detr import (PARTS, DeformableAttention, HybridDETR, Outputs, TooFewTokens,
-                         parameter_groups, parts_of)
+                         deformable_attention, official_name, parameter_groups, parts_of)
 from losses import CLASS_WEIGHTS, F1, LossSettings, criterion
 from matchers import (NUMBER_HELP, NUMBERS, Cost, denoising_queries, encoder_groups,
                       expected_positives, match, matching_stats, query_groups)
@@ -78,7 +78,7 @@ PRESETS = {
 SETTINGS = {
     'what to train': dict(
         scheme=Row('branch', 'matching scheme or preset', choices=(*NUMBERS, *PRESETS)),
-        data=Row('shapes', 'shapes, or a folder in the COCO layout'),
+        data=Row('shapes', 'shapes, or a folder in COCO layout'),
         model=Row('tiny', 'tiny, r50, or a ResNet or Swin of torchvision'),
         overfit=Row(0, 'train and evaluate on the first N images')),
     "the scheme's numbers (defaults: matchers.NUMBERS)": {
@@ -114,14 +114,14 @@ SETTINGS = {
         decoder_layers=Row((3, 6), 'L', 1, 100),
         ffn=Row((256, 2048), 'feed-forward width', 1, 100_000),
         dropout=Row(0.0, 'in the transformer', 0, 1),
-        mixed_selection=Row(True, 'query content is learned, not from the proposal'),
+        mixed_selection=Row(True, 'query content is learned'),
         look_forward_twice=Row(True, 'the box loss reaches one layer further back'),
-        pretrained=Row((False, True), 'backbone from ImageNet, batch norm fixed')),
-    'optimisation (tiny on photographs: PHOTOS)': dict(
-        image_size=Row((128, 800), 'largest short side of the images', 64, 10_000),
+        pretrained=Row((False, True), 'ImageNet backbone, batch norm fixed')),
+    'optimisation (tiny on photographs: 2800 steps of 4, size 192, lr 0.0007)': dict(
+        image_size=Row((128, 800), 'largest short side', 64, 10_000),
         vertical_flip=Row(False, 'for photographs without an up'),
         batch_size=Row((16, 2), 'images of a step, per process', 1),
-        accumulate=Row(1, 'batches whose gradients add up to a step', 1),
+        accumulate=Row(1, 'batches that add up to a step', 1),
         epochs=Row((None, 12.0), 'passes over the images', 1e-9, kind=float),
         steps=Row((600, None), 'instead of epochs', 1, kind=int),
         lr=Row((1e-3, 2e-4), 'learning rate'),
@@ -130,10 +130,10 @@ SETTINGS = {
                      choices=('step', 'cosine', 'flat-cosine')),
         # DEIM warms up for 2000 of 440,000 steps.
         warmup=Row((0.05, lambda s: 0.005 if s['schedule'] == 'flat-cosine' else 0.0),
-                   'part of training in which the rate rises', 0, 1, kind=float),
+                   'part of training with a rising rate', 0, 1, kind=float),
         weight_decay=Row(1e-4, 'of AdamW'),
         clip=Row(0.1, 'largest norm of the gradient', 1e-9),
-        seed=Row(0, 'of weights, order, augmentation and shapes', 0, 2 ** 31 - 1)),
+        seed=Row(0, 'of everything random', 0, 2 ** 31 - 1)),
     'start and evaluation': dict(
         init=Row(None, 'start from this checkpoint, as far as it fits', kind=str),
         init_part=Row('all', 'take only this from --init', choices=tuple(PARTS)),
@@ -289,7 +289,7 @@ def train(settings, folder, checkpoint, machine):
     folder: where the run is written. checkpoint: where a resumed
     run begins, or None.
     """
-    # What the loop needs is resolved here, once.
+    # What the loop needs is resolved here.
     torch.manual_seed(settings['seed'])  # for the initial weights
     train_set, val_set = open_data(settings)
     conditions = conditions_of(checkpoint, folder, train_set, machine)
@@ -310,10 +310,10 @@ def train(settings, folder, checkpoint, machine):
         pin=machine.device.type == 'cuda',
         dense_part=DENSE if settings['dense_o2o'] else None))
     if machine.rank == 0:
-        describe(settings, folder, layers, plan, start)
+        describe(settings, folder, layers, plan, start, machine)
     journal = Journal(folder, plan, machine, start if checkpoint else None)
     # The run may have stopped before the evaluation that is due.
-    if start and plan.is_evaluated(start):
+    if start and plan.is_evaluated(start) and journal.lacks_evaluation:
         journal.evaluate(start, evaluated, val_set, settings)
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps,
                disable=machine.rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
@@ -561,7 +561,7 @@ def model_and_optimizer(settings, design, folder, checkpoint, machine):
     average = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None
     for module in model.modules() if machine.compile else ():
         if isinstance(module, DeformableAttention):
-            module.compile()
+            module.core = torch.compile(deformable_attention)
     with reading(folder):
         start = restore(checkpoint, model, average, optimizer) if checkpoint else 0
     return model, average, optimizer, start
@@ -571,22 +571,24 @@ def load_initial(model, settings):
     """Load the weights of --init and of ImageNet, if asked for.
 
     Those of --init, own or official, fit by name and shape. The
-    backbone fits as a whole or not at all: half of it would be a
-    mixture of two networks.
-    Raises UserError if --init lacks the part that is asked for,
-    and for weights that cannot be downloaded.
+    backbone fits as a whole: half of it would mix two networks.
+    Raises UserError if --init lacks the part that is asked for, and
+    for weights that cannot be downloaded.
     """
     path, part, taken = settings['init'], settings['init_part'], {}
     if path:
-        ours, theirs = model.state_dict(), evaluation.load_detector(path)[0].state_dict()
+        ours, theirs = model.state_dict(), evaluation.read_checkpoint(path)['model']
+        # The names of an official file become ours.
+        layers = {name.split('.')[3] for name in theirs if '.decoder.layers.' in name}
+        names = {official_name(name, len(layers)): name for name in ours}
+        theirs = {names.get(name, name): x for name, x in theirs.items()}
         taken = {name: x for name, x in theirs.items()
                  if name in ours and x.shape == ours[name].shape}
         if len({len(parts_of(x, 'backbone')) for x in (ours, theirs, taken)}) > 1:
             taken = {name: x for name, x in taken.items() if not name.startswith('backbone')}
         taken = parts_of(taken, part)
-        for text, weights in ((f'of {len(ours)} not in it', ours), ('not used', theirs)):
-            names = [name for name in weights if name not in taken]
-            print(f'{path}: {len(names)} entries {text}', *names[:8])
+        print(f'{path}: {len(taken)} of the {len(ours)} entries are taken; others are',
+              *[name for name in ours if name not in taken][:8])
         missing = parts_of(model.named_parameters(), part).keys() - taken.keys()
         if part != 'all' and (not taken or missing and settings['fixed_encoder']):
             raise UserError(f'--init-part {part}: {path} lacks {min(missing)}')
@@ -608,33 +610,19 @@ def join_processes(model, machine):
     return DistributedDataParallel(model, device_ids=[machine.device] if on_gpu else None)
 
 
-def describe(settings, folder, layers, plan, start):
+def describe(settings, folder, layers, plan, start, machine):
     """Print what will happen: steps, settings beyond the defaults, groups."""
-    is_tiny, scheme = settings['model'] == 'tiny', scheme_of(settings)
-    print(f'{folder}: steps {start} to {plan.steps} of {plan.step_images} images,',
-          *(flag(name, value) for name, value in settings.items()
-            if value not in (None, pick(ROWS[name].default, is_tiny))))
+    scheme = scheme_of(settings)
+    plain = complete({name: settings[name] for name in ('model', 'data')})
+    print(f'{folder}: steps {start} to {plan.steps} of {plan.step_images} images on',
+          machine.device, *(flag(name, value) for name, value in settings.items()
+                            if value not in (None, plain.get(name))))
     for progress in (0.0, 1 - 1 / plan.steps):  # first and last step
         groups = query_groups(layers=layers, progress=progress, **scheme)
         for group in dict.fromkeys(groups):  # equal groups once
             print(f'  at {progress:.0%}: {groups.count(group)} x {group}')
     positives = expected_positives(layers=layers, epochs=plan.steps / plan.epoch, **scheme)
     print(f'  positives of a ground truth in all: {positives:.4g}')
-
-
-def draw_samples(settings, file):
-    """--samples: draw 8 images as the run trains on them."""
-    evaluation.check_target('samples', file, '.png')
-    train_set, _ = open_data(settings)
-    names, dense = train_set.categories.names, (True,) * settings['dense_o2o']
-    pictures = []
-    for index in range(min(8, len(train_set))):
-        sample = train_set[0, index, *dense]
-        labels = sample.labels.tolist()
-        pictures.append(evaluation.draw_boxes(
-            evaluation.as_picture(sample.image), sample.boxes, labels,
-            [names[label] for label in labels]))
-    evaluation.save_grid([pictures[:4], pictures[4:]], file)
 
 
 # --- The log ---
@@ -652,17 +640,20 @@ class Journal:
         self.recent = []  # (step, numbers, names of the images) of the last steps
         self.since = time.perf_counter()
         # 'x' refuses a folder in which another run has begun.
-        self.mode = 'x' if resumed_at is None else 'a'
+        self.mode, records = 'x', []
+        if resumed_at is not None:
+            # What was logged after the checkpoint happens again.
+            self.mode, records = 'a', [x for x in evaluation.read_metrics(self.file)
+                                       if x['step'] <= resumed_at]
+        self.lacks_evaluation = not any(x['step'] == resumed_at and 'AP' in x for x in records)
         if machine.rank > 0:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # fails now, not at the first line
-        if resumed_at is not None and self.file.exists():
-            # What was logged after the checkpoint happens again,
-            # and so does the evaluation at its step.
-            kept = [json.dumps(record) + '\n' for record in evaluation.read_metrics(self.file)
-                    if record['step'] < resumed_at + ('loss' in record)]
-            replace(self.file, lambda part: part.write_text(''.join(kept)))
+        # A folder that cannot be written fails now, not later.
+        there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+        tempfile.TemporaryFile(dir=there).close()
+        if records:
+            text = ''.join(json.dumps(record) + '\n' for record in records)
+            replace(self.file, lambda part: part.write_text(text))
 
     def finite_means(self, models):
         """-> the means of the last steps' numbers.
@@ -704,7 +695,8 @@ class Journal:
             'memory_gb': evaluation.peak_memory(self.machine.device)}
         self.recent = []
         self.write(done, record)
-        return {'loss': record['loss'], 'matched IoU': record['matched_iou']}
+        shown = 'loss', 'matched_iou', 'positives', 'images_per_second'
+        return {name: record[name] for name in shown}
 
     def evaluate(self, done, model, val_set, settings):
         """Evaluate the model after `done` steps, print and write the result."""
@@ -729,6 +721,7 @@ class Journal:
         """Append a line to metrics.jsonl. The clock of the steps starts anew."""
         if self.machine.rank == 0:
             epoch = round(done / self.plan.epoch, 3)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open(self.mode) as file:
                 file.write(json.dumps({'step': done, 'epoch': epoch, **record}) + '\n')
             self.mode = 'a'
@@ -792,8 +785,9 @@ def read_run(folder, given):
     checkpoint = evaluation.read_checkpoint(folder / 'checkpoint.pt')
     with reading(folder):
         settings = checkpoint['settings']
+        # A KeyError names what is missing.
         for name in complete({name: settings[name] for name in ('scheme', 'model')}):
-            settings[name]  # a KeyError names what is missing
+            settings[name]
     for name, value in given.items():
         value = pick(value, settings['model'] == 'tiny')
         if settings.get(name) != value:
@@ -808,11 +802,12 @@ def new_folder(out, scheme):
 
     Raises UserError if --out holds a run.
     """
-    names = (f'{scheme}_{i}' if i > 1 else scheme for i in itertools.count(1))
-    for folder in [Path(out)] if out else (Path('runs', name) for name in names):
+    for i in itertools.count(1):
+        folder = Path(out or f'runs/{scheme}' + f'_{i}' * (i > 1))
         if not any((folder / name).exists() for name in ('metrics.jsonl', 'checkpoint.pt')):
             return folder
-    raise UserError(f'--out {out}: holds a run; delete it, or go on with --resume')
+        if out:
+            raise UserError(f'--out {out}: holds a run; delete it, or go on with --resume')
 
 
 # --- Ctrl-C ---
@@ -867,6 +862,8 @@ def main(argv=None):
         machine.device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(machine.device)
         torch.set_float32_matmul_precision('high')  # TF32 in training
+    if machine.resume and machine.out:
+        raise UserError(f'--out {machine.out}: not with --resume')
     if machine.resume:
         folder = Path(machine.resume)
         settings, checkpoint = read_run(folder, given)
@@ -874,7 +871,8 @@ def main(argv=None):
         settings, checkpoint = complete(given), None
         folder = new_folder(machine.out, settings['scheme'])
     if machine.samples:
-        draw_samples(settings, machine.samples)
+        train_set, _ = open_data(settings)
+        evaluation.draw_samples(train_set, machine.samples)
     else:
         train(settings, folder, checkpoint, machine)
 

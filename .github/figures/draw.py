@@ -35,9 +35,9 @@ def draw_schemes(path: Path) -> None:
         draw_scheme(pen, x, y, scheme, when, layer, progress)
     costs = ';  '.join(f'{letter}: ' + '  '.join(f'{cost:g}' for cost in column)
                        for letter, column in zip('AB', TOY_COST.T.tolist()))
-    text = ('Circle: query, in the colour of the ground truth (square) it has to find; grey: '
-            '"nothing here".\nMatrix: self-attention, the query of a row (q0 to q5) sees those of '
-            'the dark columns (q0 to q5, too).\nCost of q0 to q5 for each ground truth, in all '
+    text = ('A circle is a query, in the colour of the ground truth (square) that it is matched '
+            'to. Grey is unmatched.\nThe matrix is self-attention: the query of a row sees the '
+            'queries of its dark columns.\nThe cost of q0 to q5 for each ground truth, in all '
             f'panels: {costs}.')
     pen.text((50, 2545), text, 'black', font(28))
     image.reduce(2).save(path)
