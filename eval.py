@@ -75,7 +75,7 @@ def read_checkpoint(path: str) -> dict:
 def load_detector(path: str):
     """Load a checkpoint -> the HybridDETR in eval(), Categories, settings.
 
-    Of an official file the categories are None and the settings {}.
+    An official file has the categories None and the settings {}.
     Raises UserError if there is no detector in the file.
     """
     checkpoint = read_checkpoint(path)
@@ -182,7 +182,7 @@ def detect(model, dataset, ids, *, batch_size, workers, nms=(None,), group=0):
 
     Rows are float64 (detections, 7): image id, x, y, w, h, score,
     category id. (x, y) is the top left corner in pixels.
-    nms: an IoU or None for each list entry, from one forward pass.
+    nms: an IoU or None for each entry. There is one forward pass.
     The speed is the median over the batches, without loading.
     Under torchrun each process takes a share, and all get all rows.
     """
@@ -206,7 +206,7 @@ def detect(model, dataset, ids, *, batch_size, workers, nms=(None,), group=0):
                     image = torch.full_like(scores, image_id)
                     row = torch.column_stack([image, boxes, scores, id_of[columns]])
                     share.append(row.cpu().numpy())
-                if share is rows[0]:
+                if share is rows[0]:  # once
                     speeds.append(len(batch.images) / (time.perf_counter() - start))
     rows = [np.concatenate(share) for share in rows]
     if world > 1:
@@ -239,7 +239,7 @@ def peak_memory(device):
 
 
 def duplicate_rate(rows):
-    """Return which part of the detections above 0.3 NMS would remove.
+    """Return the share of detections (score > 0.3) that NMS removes.
 
     Both thresholds are this project's choice.
     """

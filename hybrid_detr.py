@@ -727,7 +727,7 @@ PARTS = {'all': '', 'backbone': 'backbone.',
 
 
 def parts_of(named, part: str) -> dict:
-    """Return what belongs to a part of PARTS, of {name: parameter or module} or of pairs."""
+    """Return the entries of a part of PARTS. named: {name: parameter or module}, or pairs."""
     return {name: x for name, x in dict(named).items() if f'{name}.'.startswith(PARTS[part])}
 
 

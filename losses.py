@@ -35,7 +35,7 @@ Three numbers stand in the codes only: 3/4 of vfl, 1.5 of mal, and the exponents
 stable. Two more points of Stable-DINO's code are left out: exp and sin in F1 take s^2,
 and the rescale never scales down.
 
-The sum over queries, classes and images is divided. n_box is the number of ground truth
+The table divides the sum over queries, classes and images. n_box is the number of ground truth
 boxes of the step: of all its batches, averaged over the processes. A divisor below 1
 counts as 1. The papers give two divisors: n_box for boxes (DETR), and the mean over groups
 (Group DETR Eq. 7).
@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_area, box_convert, box_iou
 
-# All official codes have these weights. No code has bce; stable's is in Stable-DINO §4.1.
+# L1 and GIoU: all official codes. No code has bce; stable's is in Stable-DINO §4.1.
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
 CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)
 
@@ -132,7 +132,7 @@ def class_loss(logits: Tensor, matched: Tensor, quality: Tensor,
                settings: LossSettings = LossSettings()) -> Tensor:
     """Every loss but ce, for every entry: logits, matched (0 or 1) and quality of one shape.
 
-    `set_loss` sums the same loss without a one-hot `matched`.
+    For examples and tests: `set_loss` does the same without a one-hot `matched`.
     """
     loss = match_loss(logits, quality, settings)
     return torch.where(matched > 0, loss, background_loss(logits, settings))
@@ -168,12 +168,12 @@ def stable_target(iou: Tensor, score: Tensor, owner: Tensor, peak: Tensor | None
                   f1: str = 's2') -> Tensor:
     """Targets f1(s) of Stable-DINO Eq. 3, without gradient: iou, score (P,) -> (P,).
 
-    Early in training every IoU is small, and so is every f1(s). The rescale (§2.2)
-    multiplies the targets of an owner's pairs by one factor, so that the largest becomes
-    the owner's peak. An owner is one image in one layer and group.
+    Early in training every IoU is small, and so is every f1(s). An owner is one image in
+    one layer and group. The rescale (§2.2) multiplies the targets of an owner's pairs by
+    one factor, so that the largest becomes the owner's peak.
         'one'      The peak is 1. This is better with 300 queries.
         'max-iou'  The peak is `largest_iou`. This is better with 900 queries.
-        'none'     The peak is None. With p in f1, low scores then ask for lower ones.
+        'none'     The peak is None. With p in f1, a low score then gets a lower target.
     `owner` (P,) int64 is the owner of each pair, and `peak` has one number per owner.
     Pairs of an owner whose IoUs are all 0 keep target 0.
     """

@@ -82,9 +82,9 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
     """The groups of a scheme at `progress`, which is 0 at the start and 1 at the end of training.
 
     The first group is the detector; the others exist only in training. The detector
-    needs no NMS if its last layers end training one-to-one and its self-attention
-    never sees another group: then one query for each object is rewarded, and a
-    second one is background.
+    needs no NMS if its last layer is one-to-one at the end of training and its
+    queries never see another group: then one query of each object is rewarded, and
+    every second one is background.
 
     NUMBER_HELP explains the numbers. A new scheme is a row here and a row of
     NUMBERS. Copies and weights may change with progress; sizes may not. Groups
@@ -102,15 +102,15 @@ def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: 
         # over l of loss(P_l, K gt), for the second. Its T queries compete for the
         # copies of each ground truth, so each copy goes to a different query. K = 1
         # and K = 2 are worse than the baseline, K >= 3 is better (Table 9): the
-        # second group starts from worse proposals, which few copies do not make up
-        # for (the authors' guess, §4.2). For proposal_copies see `encoder_groups`.
+        # second group has worse proposals, and few copies do not outweigh that (the
+        # authors' guess, §4.2). For proposal_copies see `encoder_groups`.
         'branch': [QueryGroup(n, one), QueryGroup(T, many, weight, proposal_copies=K + 1)],
         # H-DETR §3.2.2, Eq. 3: sum over l of loss(P_l, K gt) for the first rho of
         # training; then Eq. 4, which is Eq. 1 again.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
         # H-DETR §3.2.2, Eq. 5 and 6: loss(P_l, K gt) summed over l <= L1, plus
-        # loss(P_l, gt) summed over l > L1. As printed the sums overlap; the text
-        # and the 504 positives of §4.2 mean this.
+        # loss(P_l, gt) summed over l > L1. In print the two sums overlap. This is
+        # what the text and the 504 positives of §4.2 say.
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
         # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses.
         # Self-attention is how duplicate queries are suppressed, and the other
@@ -170,7 +170,7 @@ def expected_positives(scheme: str, layers: int, epochs: float, **numbers) -> fl
 class Matches(NamedTuple):
     """P matched pairs: prediction [layer, image, query] is matched to ground truth `gt`.
 
-    `gt` counts through the boxes of the whole batch. All are int64 of shape (P,).
+    `gt` is an index into all boxes of the batch. All are int64 of shape (P,).
     """
     layer: Tensor
     image: Tensor
@@ -181,7 +181,7 @@ class Matches(NamedTuple):
 class Cost(NamedTuple):
     """Settings of the matching cost.
 
-    class_weight: w below; DETR's softmax cost has 1 (official code).
+    class_weight: w of `matching_cost`; DETR's softmax cost has 1 (official code).
     f2: the exponent of s' in 'stable' (Stable-DINO Table 9: 0.5 is best).
     official: 'stable' has the alpha of the released code.
     softmax: scores of DETR's cross-entropy, with column C for "no object".
@@ -200,7 +200,7 @@ def class_scores(logits: Tensor, softmax: bool = False) -> Tensor:
 
 def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
                   settings: Cost = Cost()) -> Tensor:
-    """The cost of matching query n to ground truth m, in one image and all layers.
+    """The cost of matching each query to each ground truth, in one image and all layers.
 
     (L,N,C), (L,N,4), (M,), (M,4) -> (L,N,M)
 
@@ -335,7 +335,7 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
     is_redrawn = (torch.rand_like(boxes[..., 0]) < label_noise / 2) & ~empty
     labels = torch.where(is_redrawn, torch.randint_like(labels, num_classes), labels)
 
-    # 0 in the first half of a group, 1 in the second.
+    # `far` is 0 in the first half of a group, 1 in the second.
     far = torch.arange(2, device=boxes.device).view(2, 1, 1)
     sign = torch.randint_like(boxes, 2) * 2 - 1
     half = torch.cat([boxes[..., 2:]] * 2, -1) / 2  # (w, h, w, h) / 2

@@ -1,11 +1,11 @@
 """Train a detector with any matching scheme:  python train.py --scheme group
 
 SETTINGS holds every setting of a run, `train` is the loop, and
-`loss_of` is a step of it.
+`loss_of` is the loss of a batch.
 
 Under `torchrun --nproc_per_node=W` the same code runs in W
 processes, each with --batch-size images of its own. `machine`
-below holds the flags that are no settings, and torchrun's `rank`
+below holds the flags that are not settings, and torchrun's `rank`
 (the number of this process) and `world` (W).
 
 Letters as in matchers.py.
@@ -50,9 +50,9 @@ class Row(NamedTuple):
 
     default: a pair is (tiny, other models); a function takes the
     other settings.
-    needs: (name, value) of the setting without which it is not
-    read. kind: the type, where the default does not tell it.
-    bare: the value of a flag without one.
+    needs: the (name, value) that another setting must have.
+    kind: the type, if the default does not show it.
+    bare: the value of a flag that stands alone.
     """
     default: object
     help: str
@@ -69,8 +69,7 @@ class Row(NamedTuple):
 # build on detectors with contrastive denoising (DINO, RT-DETRv2).
 PRESETS = {
     'stable': dict(cls_loss='stable', cost='stable', fusion='dense', denoising=100),
-    # More queries for tiny: a mosaic has the objects of four
-    # images.
+    # More queries for tiny: a mosaic has the objects of four images.
     'deim': dict(cls_loss='mal', dense_o2o=True, schedule='flat-cosine',
                  ema=(0.98, 0.9999), denoising=100, n=(100, 300)),
 }
@@ -86,14 +85,14 @@ SETTINGS = {
            for name, row in NUMBER_HELP.items()},
         'selection': Row(
             lambda s: 'heads' if s['scheme'] == 'group' else 'ranks',
-            'proposals of a group: the next ranks of one head (H-DETR), the best of its own '
-            'head (Group DETR A.2; default of group), of these the best that no earlier '
-            'group has (H-DETR App. D)', choices=('ranks', 'heads', 'distinct')),
+            'proposals of a group: ranks, the next of one head (H-DETR); heads, the best of '
+            'its own head (Group DETR A.2; default of group); distinct, as heads, but none '
+            'of an earlier group (H-DETR App. D)', choices=('ranks', 'heads', 'distinct')),
         'separate_attention': Row(True, 'groups do not see each other in training')},
     'Stable-DINO and DEIM, with every scheme': dict(
         cls_loss=Row('focal', 'classification loss', choices=tuple(CLASS_WEIGHTS)),
         class_weight=Row(lambda s: CLASS_WEIGHTS[s['cls_loss']],
-                         'its weight (1; focal 2, stable 6)', kind=float),
+                         'weight of --cls-loss (1; focal 2, stable 6)', kind=float),
         mal_gamma=Row(1.5, 'mal: exponent', 1, 100, needs=('cls_loss', 'mal')),
         f1=Row('s2', 'stable: target of a score (Stable-DINO Table 7)', choices=tuple(F1),
                needs=('cls_loss', 'stable')),
@@ -102,7 +101,7 @@ SETTINGS = {
         official_losses=Row(False, "the released codes' vfl, mal, stable loss and cost"),
         cost=Row('focal', 'matching cost (Stable-DINO Eq. 4)', choices=('focal', 'stable')),
         cost_class=Row(lambda s: 1.0 if s['cls_loss'] == 'ce' else 2.0,
-                       'weight of its class part (2; ce 1)', kind=float),
+                       'class weight in the cost (2; ce 1)', kind=float),
         f2=Row(0.5, "stable: exponent of the box's quality", 0, 100, needs=('cost', 'stable')),
         fusion=Row('none', 'join backbone and encoder features (Stable-DINO §3)',
                    choices=('none', 'simple', 'ulike', 'dense')),
@@ -111,7 +110,7 @@ SETTINGS = {
         ema=Row(0.0, 'evaluate and save a moving average of the weights, decay N', 0, 1,
                 bare=(0.98, 0.9999))),
     'model: depth, and the switches of H-DETR Table 8': dict(
-        decoder_layers=Row((3, 6), 'L', 1, 100),
+        decoder_layers=Row((3, 6), 'their number L', 1, 100),
         ffn=Row((256, 2048), 'feed-forward width', 1, 100_000),
         dropout=Row(0.0, 'in the transformer', 0, 1),
         mixed_selection=Row(True, 'query content is learned'),
@@ -147,7 +146,7 @@ ROWS = {name: row for rows in SETTINGS.values() for name, row in rows.items()}
 PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, levels=4)
-# Steps, (tiny, others). DEIM's code has 2000.
+# In steps (tiny, others). DEIM's code has 2000.
 AVERAGE_WARMUP = (20, 2000)
 LOG_EVERY = 50  # steps
 
@@ -193,7 +192,7 @@ def complete(given):
     photos = is_tiny and given.get('data', 'shapes') != 'shapes'
     numbers = pick(NUMBERS['one2one' if scheme in PRESETS else scheme], is_tiny)
     s = {name: row.default for name, row in ROWS.items() if name not in NUMBER_HELP}
-    # Later ones win.
+    # The later dict wins.
     s |= {**(PHOTOS if photos else {}), **numbers, **PRESETS.get(scheme, {}), **given}
     s = {name: pick(value, is_tiny) for name, value in s.items()}
     # Defaults that follow from other settings.
@@ -211,12 +210,11 @@ def complete(given):
         if name in NUMBER_HELP and name not in numbers:
             raise UserError(f'{flag(name, s[name])}: scheme {scheme} only has '
                             f'{", ".join(map(flag, numbers))}')
-    # In these losses, and in the stable cost, paper and released
-    # code differ.
+    # In these losses and the stable cost, paper and code differ.
     has_two_forms = (s['cls_loss'] in ('vfl', 'mal', 'stable')
                      or s['cost'] == 'stable' and s['cls_loss'] != 'ce')
     for name, is_wrong, reason in (
-            ('steps', 'steps' in given and 'epochs' in given, 'give it or --epochs'),
+            ('steps', 'steps' in given and 'epochs' in given, 'not with --epochs'),
             ('official_losses', s['official_losses'] and not has_two_forms,
              'this loss and this cost have one form only'),
             ('init_part', s['init_part'] != 'all' and not s['init'], 'needs --init FILE'),
@@ -227,7 +225,7 @@ def complete(given):
              and not s['dense_o2o'], 'only --dense-o2o augments shapes'),
             ('dense_o2o', s['overfit'] and s['dense_o2o'], '--overfit augments nothing'),
             ('warmup', s['schedule'] == 'flat-cosine' and s['warmup'] > DENSE[1],
-             f'flat-cosine falls from {DENSE[1]:.2f} on'),
+             f'flat-cosine allows {DENSE[1]:.2f} at most'),
             ('L1', s.get('L1', 0) > s['decoder_layers'],
              f'the decoder has {s["decoder_layers"]} layers'),
             ('K', given.get('K', 1) > 1 and s.get('T') == 0, 'with --T 0 it is not read')):
@@ -269,12 +267,12 @@ class Plan:
     def __init__(self, settings, images, world):
         self.batch_size = min(settings['batch_size'], images)  # in each process
         self.step_images = self.batch_size * world * settings['accumulate']
-        # Rounded down; the loader itself leaves no image out.
+        # Steps of an epoch, rounded down. The loader uses every image.
         self.epoch = max(1, images // self.step_images)
         self.steps = settings['steps'] or math.ceil(settings['epochs'] * self.epoch)
         every = settings['eval_every']
         self.eval_every = math.ceil(every * self.epoch if every else self.steps / 3)
-        # About once an epoch, where the numbers are looked at.
+        # About an epoch, in multiples of LOG_EVERY.
         self.save_every = LOG_EVERY * math.ceil(self.epoch / LOG_EVERY)
 
     def is_evaluated(self, done):
@@ -286,11 +284,11 @@ class Plan:
 def train(settings, folder, checkpoint, machine):
     """Train, evaluate and save, from the first step to the last.
 
-    folder: where the run is written. checkpoint: where a resumed
-    run begins, or None.
+    folder: where the run is written. checkpoint: the content of a
+    resumed run's file, or None.
     """
-    # What the loop needs is resolved here.
-    torch.manual_seed(settings['seed'])  # for the initial weights
+    # For the initial weights.
+    torch.manual_seed(settings['seed'])
     train_set, val_set = open_data(settings)
     conditions = conditions_of(checkpoint, folder, train_set, machine)
     design = architecture(settings, len(train_set.categories))
@@ -301,7 +299,7 @@ def train(settings, folder, checkpoint, machine):
     plan, scheme = Plan(settings, len(train_set), machine.world), scheme_of(settings)
     layers, accumulate = len(model.decoder), settings['accumulate']
     loss = LossSettings(*(settings[name] for name in LossSettings._fields[:5]),
-                        settings['official_losses'])
+                        official=settings['official_losses'])
     recipe = Recipe(evaluation.cost_of(settings), loss, settings['denoising'], accumulate,
                     conditions['amp'])
     loader = iter(train_loader(
@@ -312,17 +310,17 @@ def train(settings, folder, checkpoint, machine):
     if machine.rank == 0:
         describe(settings, folder, layers, plan, start, machine)
     journal = Journal(folder, plan, machine, start if checkpoint else None)
-    # The run may have stopped before the evaluation that is due.
+    # The run may have stopped just before an evaluation.
     if start and plan.is_evaluated(start) and journal.lacks_evaluation:
         journal.evaluate(start, evaluated, val_set, settings)
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps,
                disable=machine.rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
 
     for step in bar:
-        # What changes with time follows from `step` alone:
-        # learning rate, groups, order of the images, dropout. So
-        # a resumed run is equal to the bit on a CPU. (CUDA adds
-        # up gradients in any order.)
+        # `step` alone decides learning rate, groups, order of the
+        # images, dropout and noise. So on a CPU, a resumed run
+        # equals an uninterrupted one to the bit. (CUDA sums in any
+        # order.)
         progress, done = step / plan.steps, step + 1
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
@@ -336,7 +334,8 @@ def train(settings, folder, checkpoint, machine):
         optimizer.zero_grad()
         # name -> sum over the batches of this step
         numbers = {}
-        for i, batch in enumerate(batches):  # only one of them keeps activations
+        # One batch at a time keeps its activations.
+        for i, batch in enumerate(batches):
             # DistributedDataParallel reads this: it exchanges
             # gradients once a step.
             parallel.require_backward_grad_sync = i == accumulate - 1
@@ -358,13 +357,13 @@ def train(settings, folder, checkpoint, machine):
 
         # Speed: these numbers stay on the device until they are
         # logged, or the CPU would wait for the GPU in every step.
-        images = [name for batch in batches for name in batch.names]
-        journal.recent.append((step, numbers, images))
+        names = [name for batch in batches for name in batch.names]
+        journal.recent.append((step, numbers, names))
         # Read once: Ctrl-C may come at any time.
         is_interrupted = bool(INTERRUPTS)
         is_saved = is_interrupted or plan.is_evaluated(done) or done % plan.save_every == 0
         if done % LOG_EVERY == 0 or is_saved:
-            # This refuses what is not finite.
+            # Raises UserError for what is not finite.
             bar.set_postfix(journal.log(done, optimizer, {model, evaluated}))
         if is_saved and machine.rank == 0:
             content = {'model': evaluated.state_dict(), 'optimizer': optimizer.state_dict(),
@@ -374,8 +373,7 @@ def train(settings, folder, checkpoint, machine):
             replace(folder / 'checkpoint.pt', lambda part: torch.save(content, part))
         if is_interrupted:
             stop(folder, done)
-        # Evaluated after saving, so that a failing evaluation
-        # loses nothing.
+        # After saving: an evaluation that fails loses nothing.
         if plan.is_evaluated(done):
             journal.evaluate(done, evaluated, val_set, settings)
 
@@ -384,8 +382,8 @@ def train(settings, folder, checkpoint, machine):
                                     folder / 'predictions.png')
         print(f'look at {folder}/predictions.png')
     if machine.world > 1:
-        # The model goes before the process group that it uses:
-        # otherwise their threads may wait for each other.
+        # Delete the model before the process group that it uses,
+        # or their threads may wait for each other.
         del parallel
         dist.destroy_process_group()
 
@@ -396,7 +394,7 @@ def loss_of(model, batch, groups, recipe, num_boxes):
     """Forward pass, matching and loss of a batch.
 
     model: the detector, or DistributedDataParallel around it.
-    num_boxes: what divides the loss.
+    num_boxes: the divisor, see `boxes_of_step`.
     Returns the weighted parts of the loss, and `matching_stats`.
     Raises TooFewTokens for images too small for the queries, and
     FloatingPointError for predictions that are not finite.
@@ -409,19 +407,20 @@ def loss_of(model, batch, groups, recipe, num_boxes):
         groups = [*groups, noised.query_group(len(detector.decoder))]
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.amp):
         outputs = model(batch.images, batch.padding_mask, noised=noised)
-    # Matching and loss need float32: in bfloat16, with its 8
-    # bits, many costs would be equal.
+    # Matching and loss need float32: bfloat16 keeps 8 digits (bits)
+    # of a number, so many costs would be equal.
     outputs = Outputs(*(x.float() for x in outputs))
     # The encoder's proposals are matched and trained as well: the
     # best of them become queries.
-    heads = len(detector.encoder_class_heads)
-    tokens = outputs.encoder_logits.shape[2] // heads
-    proposals = encoder_groups(groups, heads, tokens)
+    heads = len(detector.encoder_class_heads)  # E
+    tokens = outputs.encoder_logits.shape[2] // heads  # S
+    proposals = encoder_groups(groups, heads, tokens)  # how E*S is cut
     matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups,
                                      proposals, recipe.cost)
     parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches,
                            encoder_matches, groups, proposals, num_boxes, recipe.loss)
-    if recipe.loss.cls_loss == 'ce':  # a mean over its own batch, not over num_boxes
+    # ce is a mean over its own batch, not over num_boxes.
+    if recipe.loss.cls_loss == 'ce':
         parts['class'] = parts['class'] / recipe.accumulate
     stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou,
                            detector.groups, detector.softmax)
@@ -431,14 +430,13 @@ def loss_of(model, batch, groups, recipe, num_boxes):
 def boxes_of_step(batches, machine):
     """The number of boxes that divides the loss of a step.
 
-    All batches of a step count together, so that a box weighs the
-    same in a crowded batch. Several processes take their mean, as
+    All batches of a step count together, so that every box has the
+    same weight. Several processes take their mean, as
     DistributedDataParallel takes the mean of their gradients.
     """
     num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
     if machine.world > 1:
-        # Speed: torch.full does not wait for the GPU, as
-        # torch.tensor would.
+        # Speed: torch.tensor would wait for the GPU.
         num_boxes = torch.full((), num_boxes / machine.world, device=machine.device)
         dist.all_reduce(num_boxes)
     return num_boxes
@@ -456,8 +454,8 @@ def lr_factor(settings, progress):
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     if schedule == 'step':
-        # After epoch 11 of 12, 20 of 24 and 30 of 36 (official
-        # codes).
+        # It falls after epoch 11 of 12, 20 of 24, 30 of 36
+        # (official codes).
         fall = 11 / 12 if (settings['epochs'] or 12) <= 12 else 5 / 6
         return 1.0 if progress < fall else 0.1
     if schedule == 'flat-cosine':
@@ -465,8 +463,7 @@ def lr_factor(settings, progress):
         # end, then along a cosine down to 1/2 at 58/60.
         flat, span, low = DENSE[1], 58 / 60 - DENSE[1], 0.5
     else:
-        # From 1 at the end of the warm-up to 0. 1e-9: the warm-up
-        # may be 1.
+        # From 1 after the warm-up down to 0. 1e-9 if all is warm-up.
         flat, span, low = warmup, 1 - warmup + 1e-9, 0.0
     along = min(max((progress - flat) / span, 0.0), 1.0)
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * along))
@@ -549,7 +546,7 @@ def model_and_optimizer(settings, design, folder, checkpoint, machine):
     model.to(machine.device).train()
     model.checkpoint_activations = machine.checkpoint_activations
     if settings['fixed_encoder']:
-        # eval() as well, or its batch norm would go on to learn.
+        # In train() its batch norm would still change.
         for module in parts_of(model.named_modules(), settings['init_part']).values():
             module.eval()
         for weight in parts_of(model.named_parameters(), settings['init_part']).values():
@@ -570,8 +567,8 @@ def model_and_optimizer(settings, design, folder, checkpoint, machine):
 def load_initial(model, settings):
     """Load the weights of --init and of ImageNet, if asked for.
 
-    Those of --init, own or official, fit by name and shape. The
-    backbone fits as a whole: half of it would mix two networks.
+    Weights of --init, own or official, are taken if name and shape
+    fit. A backbone is taken whole or not: half would mix two networks.
     Raises UserError if --init lacks the part that is asked for, and
     for weights that cannot be downloaded.
     """
@@ -587,7 +584,7 @@ def load_initial(model, settings):
         if len({len(parts_of(x, 'backbone')) for x in (ours, theirs, taken)}) > 1:
             taken = {name: x for name, x in taken.items() if not name.startswith('backbone')}
         taken = parts_of(taken, part)
-        print(f'{path}: {len(taken)} of the {len(ours)} entries are taken; others are',
+        print(f'{path}: {len(taken)} of the {len(ours)} entries are taken, but not',
               *[name for name in ours if name not in taken][:8])
         missing = parts_of(model.named_parameters(), part).keys() - taken.keys()
         if part != 'all' and (not taken or missing and settings['fixed_encoder']):
@@ -598,7 +595,8 @@ def load_initial(model, settings):
         except (OSError, RuntimeError, HTTPException) as error:  # no network, half a file
             raise UserError(f'no ImageNet weights of {settings["model"]} ({error}): connect '
                             'to the internet, or use --no-pretrained') from None
-    model.load_state_dict(taken, strict=False)  # the others stay as they are
+    # The other weights stay as they are.
+    model.load_state_dict(taken, strict=False)
 
 
 def join_processes(model, machine):
@@ -661,7 +659,7 @@ class Journal:
         Raises UserError for a number or a weight that is not
         finite.
         """
-        # (steps, numbers), which leave the GPU in one copy.
+        # (steps, numbers), in one copy from the GPU.
         table = torch.stack([torch.stack([*numbers.values()]).float()
                              for _, numbers, _ in self.recent]).cpu()
         for row, column in (~table.isfinite()).nonzero().tolist():
@@ -670,26 +668,27 @@ class Journal:
         for weight in (x for model in models for x in model.state_dict().values()):
             if not weight.isfinite().all():
                 step, _, images = self.recent[-1]
-                raise failed(step, 'then a weight is not finite (lower --lr?)', images)
+                raise failed(step, 'a weight is not finite (lower --lr?)', images)
         return dict(zip(self.recent[0][1], table.mean(0).tolist()))
 
     def log(self, done, optimizer, models):
         """Write the means of the last steps: -> those to be shown.
 
-        Under torchrun they are those of the first process.
+        Under torchrun, the first process writes its own.
         """
         mean, plan = self.finite_means(models), self.plan
         norm, pairs, matched, iou, score, best = (mean.pop(name) for name in (
             'gradient_norm', 'pairs', 'matched', 'iou', 'score', 'best_unmatched'))
-        matched = max(matched, 1e-9)  # perhaps no image had an object
-        images = plan.step_images / self.machine.world  # of a step, in this process
+        # Perhaps no image had an object.
+        matched = max(matched, 1e-9)
+        # Of a step, in this process.
+        images = plan.step_images / self.machine.world
         seconds = (time.perf_counter() - self.since) / len(self.recent)
         record = {
             'loss': sum(mean.values()), **mean, 'gradient_norm': norm,
-            # The mean of sums over the mean of counts: every pair
-            # counts the same.
+            # Mean of sums over mean of counts: every pair counts the same.
             'matched_iou': iou / matched, 'matched_score': score / matched,
-            'best_unmatched_score': best / (images / plan.batch_size),
+            'best_unmatched_score': best / (images / plan.batch_size),  # mean over batches
             'positives': pairs / images, 'lr': optimizer.param_groups[0]['lr'],
             'images_per_second': plan.step_images / seconds, 'seconds_per_step': seconds,
             'memory_gb': evaluation.peak_memory(self.machine.device)}
@@ -702,8 +701,7 @@ class Journal:
         """Evaluate the model after `done` steps, print and write the result."""
         plan, machine, n = self.plan, self.machine, settings['unstable']
         if machine.world > 1:
-            # Batch norm differs between processes. The first
-            # one's is saved.
+            # Each process has its own batch norm. The first one's counts.
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         ids = val_set.categories.ids
@@ -812,7 +810,8 @@ def new_folder(out, scheme):
 
 # --- Ctrl-C ---
 
-INTERRUPTS = []  # one for each Ctrl-C
+# One entry for each Ctrl-C.
+INTERRUPTS = []
 
 
 def note_interrupt(*_):
@@ -861,7 +860,8 @@ def main(argv=None):
     if machine.device.type == 'cuda':
         machine.device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(machine.device)
-        torch.set_float32_matmul_precision('high')  # TF32 in training
+        # TF32 in training.
+        torch.set_float32_matmul_precision('high')
     if machine.resume and machine.out:
         raise UserError(f'--out {machine.out}: not with --resume')
     if machine.resume:
