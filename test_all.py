@@ -1936,6 +1936,7 @@ class TestTraining(Commands):
                 ('does not fit', '0', 'architecture num_classes', None),
                 ('damaged', '1', 'settings lr', None),
                 ('damaged', '1', 'step', None),
+                ('damaged', '1', 'amp', None),
                 ('damaged', '1', 'optimizer state', {}),
                 ('damaged', '1', 'optimizer state',
                  {0: {'exp_avg': torch.ones(7)}})):

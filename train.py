@@ -107,7 +107,7 @@ SETTINGS = {
                    choices=('none', 'simple', 'ulike', 'dense')),
         denoising=Row(0, 'noisy ground truths of an image (100 without N)', 0, 10_000, bare=100),
         dense_o2o=Row(False, 'mosaic and mixup, from 7 to 57 %% of training'),
-        ema=Row(0.0, 'evaluate and save a moving average of the weights, decay N', 0, 1,
+        ema=Row(0.0, 'evaluate and save a moving average, with decay N', 0, 1,
                 bare=(0.98, 0.9999))),
     'model: depth, and the switches of H-DETR Table 8': dict(
         decoder_layers=Row((3, 6), 'their number L', 1, 100),
@@ -138,7 +138,7 @@ SETTINGS = {
         init_part=Row('all', 'take only this from --init', choices=tuple(PARTS)),
         fixed_encoder=Row(False, 'do not train what --init-part takes'),
         eval_every=Row(None, 'epochs between evaluations (default a third)', 1e-9, kind=float),
-        unstable=Row(0, 'evaluate the unstable score of N images')),
+        unstable=Row(0, 'unstable score of N images')),
 }
 ROWS = {name: row for rows in SETTINGS.values() for name, row in rows.items()}
 
@@ -216,7 +216,7 @@ def complete(given):
     for name, is_wrong, reason in (
             ('steps', 'steps' in given and 'epochs' in given, 'not with --epochs'),
             ('official_losses', s['official_losses'] and not has_two_forms,
-             'this loss and this cost have one form only'),
+             'loss and cost have one form only'),
             ('init_part', s['init_part'] != 'all' and not s['init'], 'needs --init FILE'),
             ('fixed_encoder', s['fixed_encoder'] and s['init_part'] == 'all',
              'needs --init-part encoder'),
@@ -514,8 +514,8 @@ def open_data(settings):
 def conditions_of(checkpoint, folder, train_set, machine):
     """What a checkpoint keeps beside the settings.
 
-    Raises UserError if a resumed run had others: it could not go
-    on as if it had never stopped.
+    Raises UserError if they differ from those of the
+    resumed run.
     """
     amp, categories = machine.amp, train_set.categories
     if amp is None:  # by default where the GPU computes in bfloat16 itself
@@ -777,8 +777,8 @@ def restore(checkpoint, model, average, optimizer):
 def read_run(folder, given):
     """-> settings and checkpoint of the run in `folder`.
 
-    Raises UserError if it is no run, and for a flag that differs
-    from it.
+    Raises UserError if it is not a run, and for a flag that
+    differs from it.
     """
     checkpoint = evaluation.read_checkpoint(folder / 'checkpoint.pt')
     with reading(folder):
@@ -786,11 +786,13 @@ def read_run(folder, given):
         # A KeyError names what is missing.
         for name in complete({name: settings[name] for name in ('scheme', 'model')}):
             settings[name]
+        for name in ('categories', 'images', 'processes', 'amp'):
+            checkpoint[name]
     for name, value in given.items():
         value = pick(value, settings['model'] == 'tiny')
         if settings.get(name) != value:
             raise UserError(f'{flag(name, value)}: {folder} has {settings.get(name)}, and '
-                            'keeps it; start a new run with --init')
+                            'keeps it; --init starts anew')
     return settings, checkpoint
 
 
@@ -841,7 +843,7 @@ def parse(argv=None):
     add = parser.add_argument_group('files and machine').add_argument
     add('--workers', type=evaluation.number(int, 0, 256), default=2, help='loading processes')
     add('--device', choices=evaluation.DEVICES, default=evaluation.DEVICES[-1])
-    add('--out', help='folder of the run (default runs/SCHEME, or the next that is free)')
+    add('--out', help='folder of the run (default runs/SCHEME, or the next free)')
     add('--resume', metavar='RUN', help='go on with the run in this folder')
     add('--samples', metavar='FILE', help='only draw what this run would train on')
     add('--amp', action=argparse.BooleanOptionalAction,
