@@ -518,7 +518,8 @@ def conditions_of(checkpoint, folder, train_set, machine):
     resumed run.
     """
     amp, categories = machine.amp, train_set.categories
-    if amp is None:  # by default where the GPU computes in bfloat16 itself
+    # By default where the GPU computes in bfloat16 itself.
+    if amp is None:
         on_gpu = machine.device.type == 'cuda'
         amp = checkpoint['amp'] if checkpoint else (
             on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -526,8 +527,7 @@ def conditions_of(checkpoint, folder, train_set, machine):
                   'images': len(train_set), 'processes': machine.world, 'amp': amp}
     for name, value in conditions.items():
         if checkpoint and checkpoint[name] != value:
-            raise UserError(f'{folder} has {name} {checkpoint[name]}, not {value}; start '
-                            'anew with --init')
+            raise UserError(f'{folder} has {name} {checkpoint[name]}, not {value}: use --init')
     return conditions
 
 
