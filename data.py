@@ -1,27 +1,34 @@
-"""Data sets: shapes that are drawn on the fly, and any folder in the COCO layout.
+"""Data sets: shapes that are drawn on the fly, and folders in the COCO layout.
 
     B images of a batch, M boxes of one image, C classes
     boxes        (M, 4)  cx, cy, w, h as fractions of the image without its padding
     boxes_xyxy   (M, 4)  x0, y0, x1, y1 in pixels; a `target` holds such boxes
     labels       (M,)    0..C-1, for any numbering of the ids in the file
 
-ShapesDataset, CocoFolder and FirstImages share `categories` and:
+ShapesDataset and CocoFolder share `categories` and:
 
     dataset[epoch, index]  a Sample; its random draws follow from (seed, epoch, index) alone
     load(index)            the stored image, its target {'boxes', 'labels'}, its id and its name
-    coco_json(n)           the annotations of the first n images (default: all), for pycocotools
-    most_boxes(n)          the largest number of training boxes in one of these images
+    coco_json()            the annotations, for pycocotools
+    with_boxes             the indices of the images that have boxes to learn
+    most_boxes             no image has more boxes to learn
 """
+import atexit
+import difflib
 import json
+import math
+import multiprocessing
 import os
 import signal
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision import tv_tensors
@@ -32,6 +39,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # DenseOneToOne acts in epochs 4 to 34 of 60 (DEIM's released settings for RT-DETRv2).
 DENSE = (4 / 60, 34 / 60)
+
+# The EXIF orientations that exchange width and height.
+SWAPPED = (5, 6, 7, 8)
+# Seconds after which a loader gives up.
+PATIENCE = 180
 
 
 class UserError(Exception):
@@ -47,6 +59,14 @@ class Categories:
 
     def __len__(self):
         return len(self.ids)
+
+    def difference(self, other) -> str:
+        """Return the first category that differs, or '' if all are equal."""
+        ours, theirs = (zip(c.ids, c.names) for c in (self, other))
+        for pair in zip_longest(ours, theirs):
+            if pair[0] != pair[1]:
+                return ' but '.join(f'{x[0]} {x[1]!r}' if x else 'no more' for x in pair)
+        return ''
 
 
 class Sample(NamedTuple):
@@ -89,23 +109,29 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class CocoDataset(Dataset):
-    """A data set that returns its annotations in COCO's form.
+    """What the data sets share, on top of:
 
     images: a list of (id, name, height, width)
-    rows(n): image index, category id, x, y, w, h, area, crowd for the boxes of the first n images
+    load(index), and the transforms of what it returns
+    rows(): image index, category id, x, y, w, h, area, crowd of each box
     """
 
     def __len__(self):
         return len(self.images)
 
-    def coco_json(self, n=None):
-        images = self.images[:n]
+    def __getitem__(self, key):
+        image, target, image_id, name = self.load(key[1])
+        seed = np.random.RandomState([self.seed, *key]).randint(2 ** 31 - 1)
+        return Sample(*transformed(self.transforms, seed, image, target),
+                      image_id, image.size[::-1], name)
+
+    def coco_json(self):
         names = zip(self.categories.ids, self.categories.names)
         annotations = [
-            {'id': i, 'image_id': images[int(image)][0], 'category_id': int(category),
+            {'id': i, 'image_id': self.images[int(image)][0], 'category_id': int(category),
              'bbox': bbox, 'area': area, 'iscrowd': int(crowd)}
-            for i, (image, category, *bbox, area, crowd) in enumerate(self.rows(len(images)), 1)]
-        return {'images': [{'id': i, 'height': h, 'width': w} for i, _, h, w in images],
+            for i, (image, category, *bbox, area, crowd) in enumerate(self.rows(), 1)]
+        return {'images': [{'id': i, 'height': h, 'width': w} for i, _, h, w in self.images],
                 'categories': [{'id': i, 'name': name} for i, name in names],
                 'annotations': annotations}
 
@@ -231,38 +257,29 @@ def draw_shapes(seed, index, size=128):
 class ShapesDataset(CocoDataset):
     """`length` images of `size` x `size` pixels. Each split has its own seed."""
 
+    transforms, most_boxes = v2.Identity(), 12
+
     def __init__(self, split='train', length=8000, size=128, seed=0):
         self.size, self.seed = size, 2 * seed + (split != 'train')
         self.categories = Categories(list(range(1, len(SHAPES) + 1)), list(SHAPES))
         self.images = [(i, f'shapes/{split}/{i}', size, size) for i in range(length)]
+        self.with_boxes = range(length)
 
     def load(self, index):
         image, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
         target = pixel_target(boxes_xyxy, labels, (self.size, self.size))
         return Image.fromarray(image), target, *self.images[index][:2]
 
-    def __getitem__(self, key):
-        """Return a Sample without augmentation."""
-        index = key[1]
-        image, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
-        boxes = box_convert(torch.from_numpy(boxes_xyxy) / self.size, 'xyxy', 'cxcywh')
-        image = normalise(torch.from_numpy(image).permute(2, 0, 1))
-        name = self.images[index][1]
-        return Sample(image, torch.from_numpy(labels), boxes, index, (self.size, self.size), name)
-
     # Speed: only drawing gives the boxes, and every evaluation needs them.
     @lru_cache(None)
-    def rows(self, n):
+    def rows(self):
         rows = []
-        for index in range(n):
+        for index in range(len(self)):
             _, boxes_xyxy, labels = draw_shapes(self.seed, index, self.size)
             for (x0, y0, x1, y1), label in zip(boxes_xyxy.tolist(), labels.tolist()):
                 w, h = x1 - x0, y1 - y0
                 rows.append((index, label + 1, x0, y0, w, h, w * h, 0))
         return rows
-
-    def most_boxes(self, n=None):
-        return 12 if n is None else int(np.bincount([row[0] for row in self.rows(n)]).max())
 
 
 # --- A folder in the COCO layout ---
@@ -313,38 +330,85 @@ def train_transforms(size, vertical_flip=False):
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB. Images of 16 or 32 bits, cut off by Pillow at 255, are scaled."""
+    """Convert any mode to RGB.
+
+    Numbers of 16 or 32 bits are stretched to 0..255, from the 0.1 to the 99.9 percentile of the
+    finite ones, so that a faulty pixel changes nothing else. NaN becomes black.
+    """
     if image.mode.startswith(('I', 'F')):
         pixels = np.asarray(image, dtype=np.float64)
-        pixels = pixels.clip(0) * (255 / max(pixels.max(), 1e-9))
-        image = Image.fromarray(pixels.astype(np.uint8))
+        known = pixels[np.isfinite(pixels)]
+        low, high = np.percentile(known, (0.1, 99.9)) if known.size else (0, 0)
+        pixels = (pixels.clip(low, high) - low) * 255 / max(high - low, 1e-30)  # all may be equal
+        image = Image.fromarray(np.nan_to_num(pixels).clip(0, 255).astype(np.uint8))
     return image.convert('RGB')
 
 
+@contextmanager
+def opened(path):
+    """Open an image file: yield the image, whose pixels are not read, and its EXIF orientation.
+
+    Raises UserError for whatever Pillow raises if the file is broken.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image, image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:
+        raise UserError(f'cannot read the image {path}: {error}') from None
+
+
+def read_image(path, size=None) -> Image.Image:
+    """Read an image file as RGB, upright: turned as its EXIF orientation says.
+
+    size: the annotated width and height. If only the stored image has them, it is not turned.
+    Raises UserError for a file that cannot be read, and for an image too thin to be resized.
+    """
+    with opened(path) as (file, orientation):
+        image = ImageOps.exif_transpose(file)
+        if orientation in SWAPPED and image.size != size == image.size[::-1]:
+            # Turn it back. 8 undoes 6, 6 undoes 8, the others undo themselves.
+            undo = {6: 8, 8: 6}.get(orientation, orientation)
+            image.getexif()[ExifTags.Base.Orientation] = undo
+            image = ImageOps.exif_transpose(image)
+        image = as_rgb(image)
+    check_shape(path, *image.size)
+    return image
+
+
+def check_shape(name, width, height):
+    if max(width, height) > 20 * min(width, height):
+        raise UserError(f'{name} has {width} x {height} pixels: too long and thin to be resized')
+
+
+# What entries may lack
+OPTIONAL = {'width', 'height', 'area', 'iscrowd', 'ignore'}
+
+
 def read_annotations(file: Path) -> dict:
-    """Return the content of a COCO annotation file. Raise UserError for the first bad entry."""
+    """Return the content of a COCO annotation file. Raise UserError for the first bad entry.
+
+    A whole float becomes an integer, and what is null is taken out.
+    """
     def number(x, types=(int, float)):  # float64 holds whole numbers below 2^53 exactly
         return type(x) in types and abs(x) < 2 ** 53
-
-    def inside(x):
-        return isinstance(x, str) and not Path(x).is_absolute() and '..' not in Path(x).parts
 
     def listed(kind):
         return lambda x: type(x) is int and x in ids[kind], f'the id of one of the {kind}'
 
     # Each field has a check and the words for what the check needs.
-    side = (lambda x: number(x, [int]) and x > 0, 'a whole number above 0')
+    side = (lambda x: number(x, [int]) and x >= 0, 'a whole number from 0 on')
     own_id = (lambda x: number(x, [int]) and x not in ids[kind],
               'a whole number below 2^53, used once')
+    text = (lambda x: isinstance(x, str), 'a text')
+    yes_or_no = (lambda x: x in (0, 1), '0 or 1')
     rules = {
-        'images': dict(id=own_id, width=side, height=side,
-                       file_name=(inside, 'a path inside the image folder')),
-        'categories': dict(id=own_id, name=(lambda x: isinstance(x, str), 'a text')),
+        'images': dict(id=own_id, file_name=text, width=side, height=side),
+        'categories': dict(id=own_id, name=text),
         'annotations': dict(
             image_id=listed('images'), category_id=listed('categories'),
             bbox=(lambda x: isinstance(x, list) and len(x) == 4 and all(map(number, x)),
                   'four numbers x, y, width, height'),
-            area=(number, 'a number'), iscrowd=(lambda x: x in (0, 1), '0 or 1'))}
+            area=(number, 'a number'), iscrowd=yes_or_no, ignore=yes_or_no)}
     ids = {'images': set(), 'categories': set()}
     try:
         content = json.loads(file.read_bytes())
@@ -358,10 +422,13 @@ def read_annotations(file: Path) -> dict:
             origin = f'{file}: entry {place} of {kind}'
             if not isinstance(entry, dict):
                 raise UserError(f'{origin} is no object')
-            # Files may leave out these two.
-            values = {'area': 0, 'iscrowd': 0, **entry}
             for field, (good, needed) in fields.items():
-                value = values.get(field)
+                value = entry.get(field)
+                if value is None and field in OPTIONAL:
+                    entry.pop(field, None)
+                    continue
+                if type(value) is float and value.is_integer():
+                    entry[field] = value = int(value)
                 if not good(value):
                     raise UserError(f'{origin} has the {field} {value!r}, which must be {needed}')
             if kind in ids:
@@ -369,37 +436,77 @@ def read_annotations(file: Path) -> dict:
     return content
 
 
-class CocoFolder(CocoDataset):
-    """A folder with train2017/, val2017/ and annotations/instances_{train,val}2017.json.
+# The image folder and the annotation file of a split. The last is Roboflow's.
+LAYOUTS = (('{}2017', 'annotations/instances_{}2017.json'),
+           ('{}', 'annotations/instances_{}.json'),
+           ('{}', '{}/_annotations.coco.json'))
 
-    Boxes are cut at the border of their image for training. Crowd boxes and boxes without area do
-    not train. The evaluation has all boxes of the file unchanged.
+
+def find_split(root: Path, split):
+    """Return the image folder and the annotation file of a split.
+
+    Raises UserError, with what is there, for a folder in another layout.
+    """
+    if not root.is_dir():
+        raise UserError(f'{root} is no folder, or does not exist')
+    names = ('val', 'valid') if split == 'val' else (split,)
+    pairs = [[pattern.format(name) for pattern in layout] for layout in LAYOUTS for name in names]
+    for folder, file in pairs:
+        if (root / folder).is_dir() and (root / file).is_file():
+            return root / folder, root / file
+    there = sorted(str(x.relative_to(root)) for x in (*root.glob('*'), *root.glob('*/*.json')))
+    raise UserError(f'{root} needs one of: {"; ".join(map(" with ".join, pairs))}. It holds '
+                    + (', '.join(there[:12]) or 'nothing') + ', ..' * (len(there) > 12))
+
+
+def repeats(rows):
+    """Return for each row of an array if an earlier row equals it, bool."""
+    is_repeated = np.ones(len(rows), bool)
+    is_repeated[np.unique(rows, axis=0, return_index=True)[1]] = False
+    return is_repeated
+
+
+class CocoFolder(CocoDataset):
+    """A folder in one of LAYOUTS. What is doubtful in it is printed.
+
+    Boxes are cut at the border of their image for training. Crowds, ignored boxes and boxes
+    without area do not train. The evaluation has all boxes of the file, and ignored ones are
+    crowds. overfit: keep so many images, the first that have boxes to learn.
     """
 
-    def __init__(self, root, split, size, augment=False, vertical_flip=False, seed=0):
-        self.folder, self.seed = Path(root) / f'{split}2017', seed
-        file = Path(root) / 'annotations' / f'instances_{split}2017.json'
-        for path in (Path(root), self.folder, file):
-            if not path.exists():
-                raise UserError(f'{path} does not exist, but a data set needs train2017, val2017 '
-                                'and annotations/instances_{train,val}2017.json')
-        content = read_annotations(file)
+    def __init__(self, root, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
+        self.folder, self.file = find_split(Path(root), split)
+        self.size, self.seed = size, seed
+        content = read_annotations(self.file)
         categories = sorted((c['id'], c['name']) for c in content['categories'])
         self.categories = Categories(*map(list, zip(*categories)))
-        self.images = [(i['id'], i['file_name'], i['height'], i['width'])
+        self.images = [(i['id'], i['file_name'], i.get('height'), i.get('width'))
                        for i in content['images']]
+        self.check_images()
+        self.keep_boxes(content['annotations'], overfit, training)
+        augments = training and not overfit
+        self.transforms = train_transforms(size, vertical_flip) if augments else resize_to(size)
+
+    def check_images(self):
+        """Look for all files, and read the sizes that the annotations lack."""
         # Speed: one look finds all files of the folder. Files in subfolders need another.
         present = {entry.name for entry in os.scandir(self.folder) if entry.is_file()}
-        for _, name, height, width in self.images:
-            if max(width, height) > 20 * min(width, height):
-                raise UserError(f'{file}: the image {name!r} has {width} x {height} pixels: '
-                                'too long and thin to be resized')
-            if name not in present and not (self.folder / name).is_file():
-                raise UserError(f'{file} names the image {name!r}, which is not in {self.folder}')
-        self.keep_boxes(content['annotations'], file)
-        self.transforms = train_transforms(size, vertical_flip) if augment else resize_to(size)
+        missing = [name for _, name, *_ in self.images
+                   if name not in present and not (self.folder / name).is_file()]
+        if missing:
+            [nearest] = difflib.get_close_matches(missing[0], present, 1, 0) or ['nothing']
+            raise UserError(f'{self.file} names {len(missing)} images that are not in '
+                            f'{self.folder}. The first is {missing[0]}; most like it is {nearest}')
+        for index, (image_id, name, height, width) in enumerate(self.images):
+            if not (height and width):
+                with opened(self.folder / name) as (file, orientation):
+                    # Pillow exchanges the sides of a TIFF itself.
+                    is_turned = orientation in SWAPPED and file.format != 'TIFF'
+                    height, width = file.size if is_turned else file.size[::-1]
+                self.images[index] = image_id, name, height, width
+            check_shape(f'{self.file}: the image {name!r}', width, height)
 
-    def keep_boxes(self, annotations, file):
+    def keep_boxes(self, annotations, overfit, training):
         """Store A annotations as arrays, sorted by image. T of them train.
 
         table (A, 8): see `rows`
@@ -408,49 +515,67 @@ class CocoFolder(CocoDataset):
         """
         index_of = {image[0]: index for index, image in enumerate(self.images)}
         annotations.sort(key=lambda a: index_of[a['image_id']])
-        self.table = np.array([
+        table = np.array([
             (index_of[a['image_id']], a['category_id'], *a['bbox'],
-             a.get('area', a['bbox'][2] * a['bbox'][3]), a.get('iscrowd', 0))
+             a.get('area', a['bbox'][2] * a['bbox'][3]), a.get('iscrowd') or a.get('ignore', 0))
             for a in annotations], dtype=np.float64)
-        owner, category_ids = self.table[:, :2].astype(int).T
-        xy, wh, crowd = self.table[:, 2:4], self.table[:, 4:6], self.table[:, 7]
+        owner, xy, wh = table[:, 0].astype(int), table[:, 2:4], table[:, 4:6]
         image_wh = np.array([(w, h) for _, _, h, w in self.images])[owner]  # (A, 2)
+        if np.abs(table[:, 2:6]).max() <= 1:
+            raise UserError(f'{self.file}: all boxes lie within 0..1: are they fractions? COCO '
+                            'has pixels')
         # 1 % and 1 pixel allow for rounding and for resized files.
         outside = (xy + wh > 1.01 * image_wh + 1).any(1).mean()
         if outside > 0.2:
-            raise UserError(f'{file}: {outside:.0%} of the boxes end outside their image: '
+            raise UserError(f'{self.file}: {outside:.0%} of the boxes end outside their image: '
                             'are they x1, y1, x2, y2? COCO has x, y, width, height')
         corners = np.concatenate([xy, xy + wh], 1).clip(0, np.tile(image_wh, 2))  # (A, 4)
-        usable = (crowd == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
+        usable = (table[:, 7] == 0) & (corners[:, 2:] > corners[:, :2]).all(1)
         if not usable.any():
-            raise UserError(f'{file} has no box with an area')
-        if not usable.all():
-            example = self.images[owner[~usable][0]][1]
-            print(f'{file}: {(~usable).sum()} of {len(owner)} boxes are crowds or have no area in '
-                  f'their image and do not train; the first is in {example}')
-        self.corners = corners[usable].astype(np.float32)
+            raise UserError(f'{self.file} has no box with an area')
+        if overfit:
+            chosen = np.unique(owner[usable])[:overfit]
+            self.images = [self.images[i] for i in chosen]
+            kept = np.isin(owner, chosen)
+            table, corners, usable, image_wh = (
+                x[kept] for x in (table, corners, usable, image_wh))
+            table[:, 0] = owner = np.searchsorted(chosen, owner[kept])
+        self.table, self.corners = table, corners[usable].astype(np.float32)
         label_of = self.categories.label_of
-        self.labels = np.array([label_of[i] for i in category_ids[usable].tolist()])
+        self.labels = np.array([label_of[i] for i in table[usable, 1].tolist()])
         self.first_row = np.searchsorted(owner[usable], np.arange(len(self.images) + 1))
+        counts = np.diff(self.first_row)
+        self.with_boxes, self.most_boxes = np.flatnonzero(counts).tolist(), int(counts.max())
 
-    def rows(self, n):
-        return self.table[self.table[:, 0] < n].tolist()
+        # What is doubtful.
+        self.report('boxes are crowds, ignored or without area, and do not train', ~usable, owner)
+        files = np.array([os.path.normpath(name) for _, name, *_ in self.images])
+        self.report('images have the file of another id', repeats(files), np.arange(len(files)))
+        owner, table = owner[usable], table[usable]
+        self.report('boxes repeat one of their class in their image', repeats(table[:, :6]), owner)
+        # The size (see `resize_to`) at which the shorter side of a box is one pixel.
+        sides = image_wh[usable]
+        needed = np.maximum(sides.min(1), sides.max(1) * 800 / 1333) / (
+            self.corners[:, 2:] - self.corners[:, :2]).min(1)
+        small = f'boxes are below one pixel at --image-size {self.size}'
+        self.report(small, needed > self.size, owner)
+        if training and (needed > self.size).mean() > 0.5:
+            raise UserError(f'{self.file}: most {small}; half of them have two at --image-size '
+                            f'{32 * math.ceil(np.median(needed) / 16)}')
 
-    def most_boxes(self, n=None):
-        return int(np.diff(self.first_row)[:n].max())
+    def report(self, what, which, owner):
+        """Print how many entries `which` (bool) marks, and the file of the first of them."""
+        if which.any():
+            name = self.images[owner[which.argmax()]][1]
+            print(f'{self.file}: {which.sum()} of {len(which)} {what} (first: {name})')
+
+    def rows(self):
+        return self.table.tolist()
 
     def load(self, index):
         image_id, name, height, width = self.images[index]
         path = self.folder / name
-        try:
-            with Image.open(path) as image:
-                # A camera may store a turned image with a tag that says so. The annotated size
-                # tells which orientation was annotated.
-                if width != height and image.size == (height, width):
-                    image = ImageOps.exif_transpose(image)
-                image = as_rgb(image)
-        except Exception as error:  # Pillow raises many types of errors for a broken file.
-            raise UserError(f'cannot read the image {path}: {error}') from None
+        image = read_image(path, (width, height))
         if image.size != (width, height):
             raise UserError(f'{path} has {image.width} x {image.height} pixels, '
                             f'its annotation file says {width} x {height}')
@@ -458,40 +583,16 @@ class CocoFolder(CocoDataset):
         target = pixel_target(self.corners[rows], self.labels[rows], (height, width))
         return image, target, image_id, str(path)
 
-    def __getitem__(self, key):
-        image, target, image_id, name = self.load(key[1])
-        seed = np.random.RandomState([self.seed, *key]).randint(2 ** 31 - 1)
-        return Sample(*transformed(self.transforms, seed, image, target),
-                      image_id, image.size[::-1], name)
 
+def open_dataset(name, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
+    """Open 'shapes' or a folder in the COCO layout. The split is 'train' or 'val'.
 
-class FirstImages(Dataset):
-    """The first `n` images of another data set, for `--overfit`."""
-
-    def __init__(self, dataset, n):
-        self.dataset, self.n, self.categories = dataset, min(n, len(dataset)), dataset.categories
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, key):
-        return self.dataset[key]
-
-    def load(self, index):
-        return self.dataset.load(index)
-
-    def coco_json(self, n=None):
-        return self.dataset.coco_json(min(n or self.n, self.n))
-
-    def most_boxes(self):
-        return self.dataset.most_boxes(self.n)
-
-
-def open_dataset(name, split, size, augment=False, vertical_flip=False, seed=0):
-    """Open 'shapes' or a folder in the COCO layout. The split is 'train' or 'val'."""
+    training: the images are to be augmented. overfit: take the first images, without that.
+    """
     if name == 'shapes':
-        return ShapesDataset(split, 8000 if split == 'train' else 500, size, seed)
-    return CocoFolder(name, split, size, augment, vertical_flip, seed)
+        length = 8000 if split == 'train' else 500
+        return ShapesDataset(split, min(length, overfit or length), size, seed)
+    return CocoFolder(name, split, size, training, vertical_flip, seed, overfit)
 
 
 # --- Dense one-to-one: more objects per image ---
@@ -605,20 +706,30 @@ def train_batches(n, batch_size, steps, seed=0, start=0, rank=0, world=1, dense_
         yield [(p // n, order(p // n)[p % n], *dense) for p in range(first, first + batch_size)]
 
 
-def ignore_interrupts(_worker):
-    """Ignore Ctrl-C, which a terminal sends to all processes. The training process handles it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_worker):
+    """Let the training process decide, though Ctrl-C and SLURM send signals to all processes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Kill loading processes that are left at the end. The usual SIGTERM would not end them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def batch_loader(dataset, batches, workers, pin=False):
-    """Load the given batches once.
+    """Load the given batches once. Raise RuntimeError if none comes for PATIENCE seconds.
 
     A DataLoader draws a number when it starts. Its own generator leaves the training's unchanged,
     and so a resumed run draws the dropout of an uninterrupted run.
     """
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
-        generator=torch.Generator(), worker_init_fn=ignore_interrupts)
+        generator=torch.Generator(), worker_init_fn=ignore_signals,
+        timeout=PATIENCE if workers else 0)
 
 
 def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, world=1, pin=False,
@@ -628,7 +739,10 @@ def train_loader(dataset, batch_size, steps, workers, seed=0, start=0, rank=0, w
     return batch_loader(dataset, batches, workers, pin)
 
 
-def val_loader(dataset, batch_size, workers, rank=0, world=1):
-    """Load every image once, in order. Process `rank` of `world` takes every world-th image."""
-    keys = [(0, index) for index in range(rank, len(dataset), world)]
+def val_loader(dataset, batch_size, workers, rank=0, world=1, n=None):
+    """Load the first `n` images (default: all) once, in order.
+
+    Process `rank` of `world` takes every world-th image.
+    """
+    keys = [(0, index) for index in range(len(dataset))[:n][rank::world]]
     return batch_loader(dataset, BatchSampler(keys, batch_size, drop_last=False), workers)

@@ -2,6 +2,7 @@
 
     python eval.py --weights runs/a/checkpoint.pt --nms 0.7 --unstable 20
     python eval.py --weights runs/a/checkpoint.pt --pictures 8
+    python eval.py --weights runs/a/checkpoint.pt --images photo.jpg folder
     python eval.py --weights official.pth --data COCO
     python eval.py --compare runs/a-1 runs/a-2 runs/b-1 --curves ap.png
 
@@ -16,9 +17,11 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +30,15 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import batched_nms, box_convert
 from torchvision.transforms.v2.functional import to_dtype, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, DenseOneToOne, FirstImages,
-                  UserError, collate, open_dataset, val_loader)
+from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, CocoDataset, DenseOneToOne,
+                  UserError, collate, open_dataset, pixel_target, read_image, resize_to,
+                  val_loader)
 from hybrid_detr import HybridDETR, Outputs, TooFewTokens, from_official
 from matchers import (Cost, assign, class_scores, encoder_groups, match, matching_cost,
                       query_groups)
@@ -54,14 +59,16 @@ DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
 def read_checkpoint(path: str) -> dict:
     """Read a checkpoint without running code from it.
 
+    The prefix `module.` of a model in DistributedDataParallel is taken off.
     Raises UserError for a damaged file or a weight that is not finite.
     """
     try:
         # Official files hold their settings in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
-        weights = content['model'].items()
-        broken = [name for name, x in weights if not x.isfinite().all()]
+        content['model'] = {name.removeprefix('module.'): x
+                            for name, x in content['model'].items()}
+        broken = [name for name, x in content['model'].items() if not x.isfinite().all()]
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
     except Exception as error:
@@ -107,11 +114,20 @@ def ids_for(model_categories, dataset, columns: int) -> list[int]:
         if max(wanted.ids) >= columns:
             raise UserError(f'the data has category ids above {columns - 1}, the last column')
         return list(range(columns))
-    if (known.ids, known.names) != (wanted.ids, wanted.names):
-        has, needs = (f'{len(c)} classes ({", ".join(c.names[:4])}.., ids {c.ids[:4]}..)'
-                      for c in (known, wanted))
-        raise UserError(f'the checkpoint detects {has}, the data has {needs}')
+    if difference := known.difference(wanted):
+        raise UserError(f'checkpoint and data have different categories: {difference}')
     return wanted.ids
+
+
+def data_of(settings, given, run) -> str:
+    """Return the data set to open: as given, or that of a run.
+
+    Raises UserError if it is gone.
+    """
+    data = given or settings['data']
+    if not given and data != 'shapes' and not Path(data).exists():
+        raise UserError(f'the data {data} of {run} is gone: name its new place with --data')
+    return data
 
 
 def cost_of(settings: dict) -> Cost:
@@ -121,6 +137,32 @@ def cost_of(settings: dict) -> Cost:
     return Cost(kind=settings['cost'], f2=settings['f2'],
                 class_weight=settings['cost_class'], official=settings['official_losses'],
                 softmax=settings['cls_loss'] == 'ce')
+
+
+# --- Images without annotations ---
+
+class ImageFiles(CocoDataset):
+    """Images without annotations: files, and the images of folders.
+
+    Raises UserError for a path that is neither.
+    """
+
+    def __init__(self, paths, size, categories):
+        self.categories, self.transforms, self.seed, names = categories, resize_to(size), 0, []
+        for path in map(Path, paths):
+            # Systems put files such as ._a.jpg beside a.jpg.
+            found = [path] if path.is_file() else sorted(
+                x for x in path.glob('[!.]*') if x.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                raise UserError(f'{path} is no file, and no folder with images')
+            names += map(str, found)
+        self.images = [(i, name, None, None) for i, name in enumerate(names)]
+
+    def load(self, index):
+        image_id, name, *_ = self.images[index]
+        image = read_image(name)
+        nothing = pixel_target(np.zeros((0, 4)), np.zeros(0, int), image.size[::-1])
+        return image, nothing, image_id, name
 
 
 # --- From outputs to detections ---
@@ -400,7 +442,7 @@ def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=
     changed, objects = 0, 0  # changed becomes (L,)
     with evaluating(model) as device:
         columns = columns_of(dataset, ids).to(device)
-        for batch in val_loader(FirstImages(dataset, n_images), batch_size, workers):
+        for batch in val_loader(dataset, batch_size, workers, n=n_images):
             batch = batch.to(device)
             outputs = predict(model, batch)
             L, _, n, _ = outputs.pred_logits.shape
@@ -460,11 +502,13 @@ def save_grid(rows: list[list], path):
 
 
 def draw_samples(dataset, path):
-    """Save a PNG of 8 images as a training sees them, mosaics in DenseOneToOne."""
-    check_target('samples', path, '.png')
+    """Save a PNG of 8 images with boxes, as a training sees them.
+
+    They are mosaics in DenseOneToOne.
+    """
     dense = (True,) * isinstance(dataset, DenseOneToOne)
     pictures, names = [], dataset.categories.names
-    for index in range(min(8, len(dataset))):
+    for index in (dataset.dataset if dense else dataset).with_boxes[:8]:
         sample = dataset[0, index, *dense]
         labels = sample.labels.tolist()
         pictures.append(draw_boxes(as_picture(sample.image), sample.boxes, labels,
@@ -480,7 +524,7 @@ def draw_predictions(model, dataset, ids, path, n_images=4, threshold=0.3, nms=N
     rows, known = [], dataset.categories
     names = dict(zip(known.ids, known.names))
     with evaluating(model) as device:
-        for batch in val_loader(FirstImages(dataset, n_images), 1, 0):
+        for batch in val_loader(dataset, 1, 0, n=n_images):
             outputs = predict(model, batch.to(device), group)
             # With an image of size (1, 1) the boxes stay fractions.
             found, = detections(outputs, [(1, 1)], nms=nms, softmax=model.softmax)
@@ -679,13 +723,25 @@ def flag(name: str, value=None) -> str:
 
 
 def check_target(name: str, path: str, ending: str):
-    """Raise UserError for a wrong ending, or if there is no such folder."""
-    if not path.endswith(ending) or not Path(path).parent.is_dir():
-        raise UserError(f'{flag(name, path)}: must be a {ending} in a folder that exists')
+    """Raise UserError for a file that cannot be written.
+
+    The trial leaves what is there, and no new file.
+    """
+    try:
+        if not path.endswith(ending):
+            raise OSError(0, f'must end in {ending}')
+        file = Path(os.path.realpath(path))  # behind a link
+        is_new = not file.exists()
+        file.open('ab').close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f'{flag(name, path)}: {error.strerror}') from None
 
 
 # Which flag another flag needs; all others need --weights.
 NEEDS = {'curves': 'compare', 'image': 'matches', 'picture_file': 'pictures'}
+NOT_WITH_IMAGES = {'data', 'split', 'per_class', 'unstable', 'pr_curve', 'matches'}
 TARGETS = 'save_json', 'pr_curve', 'matches', 'picture_file', 'curves'
 
 
@@ -699,6 +755,8 @@ def parse(argv=None):
     add, count = parser.add_argument, number(int, 0, 10 ** 9)
     add('--weights', help='checkpoint, own or of H-Deformable-DETR')
     add('--data', help='shapes or a folder (default: as trained)')
+    add('--images', nargs='+', metavar='PATH',
+        help='detect in these files and folders, without annotations')
     add('--split', choices=('val', 'train'),
         help='default val; after --overfit train')
     add('--image-size', type=number(int, 64, 4096), help='short side (default: as trained)')
@@ -724,52 +782,75 @@ def parse(argv=None):
     add('--curves', help='PNG for AP over the steps')
     args = vars(parser.parse_args(argv))
     given = {name: value for name, value in args.items() if value is not None}
+    if 'images' in given:
+        given.setdefault('pictures', 8)
     if ('weights' in given) == ('compare' in given):
         parser.error('give either --weights FILE or --compare RUN..')
     for name, value in given.items():
         needs = NEEDS.get(name, 'weights')
         if name not in ('weights', 'compare') and needs not in given:
             parser.error(f'{flag(name, value)}: needs {flag(needs)}')
-        if name in TARGETS:
-            check_target(name, value, '.json' if name == 'save_json' else '.png')
-    defaults = dict(workers=2, group=0, image=0, picture_file='predictions.png',
-                    device=DEVICES[-1])
+        if name in NOT_WITH_IMAGES and 'images' in given:
+            parser.error(f'{flag(name, value)}: not with --images')
+    if 'pictures' in given:
+        given.setdefault('picture_file', 'predictions.png')
+    defaults = dict(workers=2, group=0, image=0, device=DEVICES[-1])
     return argparse.Namespace(**args | defaults | given)
 
 
 def main(argv=None):
     args = parse(argv)
+    for name in TARGETS:
+        if path := getattr(args, name):
+            check_target(name, path, '.json' if name == 'save_json' else '.png')
     if args.compare:
         return compare(args.compare, args.curves)
     model, categories, settings = load_detector(args.weights)
-    data = args.data or settings.get('data')
-    if data is None:
+    model.to(args.device)
+    size = args.image_size or settings.get('image_size', 800)
+    how = dict(batch_size=args.batch_size or settings.get('batch_size', 2),
+               workers=args.workers, group=args.group)
+    if args.images:
+        columns = list(range(model.num_classes))
+        known = categories or Categories(columns, list(map(str, columns)))
+        dataset = ImageFiles(args.images, size, known)
+    elif args.data or settings:
+        # A run with --overfit is judged by its training images.
+        overfit = 0 if args.split else settings.get('overfit', 0)
+        dataset = open_dataset(
+            data_of(settings, args.data, args.weights),
+            args.split or ('train' if overfit else 'val'), size,
+            seed=settings.get('seed', 0), overfit=overfit)
+    else:
         raise UserError('an official checkpoint names no data: add --data COCO')
-    # A run with --overfit is judged by its training images.
-    overfit = None if args.data or args.split else settings.get('overfit')
-    split = args.split or ('train' if overfit else 'val')
-    dataset = open_dataset(data, split, args.image_size or settings.get('image_size', 800),
-                           seed=settings.get('seed', 0))
-    dataset = FirstImages(dataset, overfit or len(dataset))
     for name, n in (('group', len(model.groups)), ('image', len(dataset))):
         if vars(args)[name] >= n:
             raise UserError(f'--{name} {vars(args)[name]}: there are {n}, from 0 on')
-    model.to(args.device)
     ids, cost = ids_for(categories, dataset, model.num_classes), cost_of(settings)
-    print(f'{args.weights}, group {args.group}, NMS {args.nms}, on {len(dataset)} images of '
-          f'{data}, {split}')
-    metrics, by_class, rows = evaluate(
-        model, dataset, ids, batch_size=args.batch_size or settings.get('batch_size', 2),
-        workers=args.workers, nms=args.nms, group=args.group, table=True, curve=args.pr_curve)
-    if args.unstable:
-        metrics['unstable'] = unstable_score(model, dataset, ids, args.unstable, cost,
-                                             workers=args.workers)
-    print(one_line(metrics))
+    print(f'{args.weights}, group {args.group}, NMS {args.nms}, on {len(dataset)} images')
+    if args.images:
+        [rows], speed = detect(model, dataset, ids, nms=[args.nms], **how)
+        print(f'{speed:.1f} images/s')
+    else:
+        objects = Counter(a['image_id'] for a in dataset.coco_json()['annotations']
+                          if not a['iscrowd'])
+        full = [n for n in objects.values() if n > 100]
+        if full:
+            print(f'{len(full)} images have more than 100 objects (up to {max(full)}), but AP '
+                  'counts the 100 best detections of an image only')
+        metrics, by_class, rows = evaluate(model, dataset, ids, nms=args.nms, table=True,
+                                           curve=args.pr_curve, **how)
+        if args.unstable:
+            metrics['unstable'] = unstable_score(model, dataset, ids, args.unstable, cost,
+                                                 workers=args.workers)
+        print(one_line(metrics))
     if args.per_class:
         for category_id, name in zip(dataset.categories.ids, dataset.categories.names):
             print(f'{name:24} AP {by_class[category_id]:.3f}')
     if args.save_json:
-        results = [{'image_id': int(i), 'category_id': int(c), 'bbox': box, 'score': score}
+        def origin(i):
+            return {'file_name': dataset.images[i][1]} if args.images else {'image_id': i}
+        results = [{**origin(int(i)), 'category_id': int(c), 'bbox': box, 'score': score}
                    for i, *box, score, c in rows.tolist()]
         Path(args.save_json).write_text(json.dumps(results))
     if args.matches:
@@ -782,7 +863,8 @@ def main(argv=None):
 # A part of a RuntimeError's text: what it means to the user.
 REASONS = {
     'gloo': 'another process is gone; its message says why',
-    'DataLoader worker (pid': 'a loading process is gone; fewer --workers?',
+    'DataLoader': 'a loading process is gone or gives nothing: the memory or /dev/shm may be '
+                  'full (docker run --shm-size=8g); --workers 0 needs neither',
     'compiler': '--compile needs what is named here',
     'triton': '--compile needs it',
     'allocate memory': 'the memory is full'}
@@ -790,6 +872,10 @@ REASONS = {
 
 def run_command(command):
     """Run a command; what the user can mend is one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        # A letter that the terminal lacks becomes its number.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     try:
         return command()
     except KeyboardInterrupt:

@@ -1087,14 +1087,16 @@ class TestData(Close, unittest.TestCase):
     def test_ids_there_and_back(self):
         with quiet() as printed:
             dataset = data.CocoFolder(coco_folder(self.root), 'train', 40)
+            few = data.CocoFolder(self.root, 'train', 40, overfit=2)
         self.assertRegex(printed.getvalue(), r'2 of 5 boxes .*2\.png')
         self.assertEqual(dataset.categories.ids, [1, 7, 90])
         self.assertEqual([dataset[0, i].labels.tolist() for i in range(3)], [[0, 2], [], [1]])
-        first = data.FirstImages(dataset, 2)
-        for images, wanted in ((dataset, [1, 90, 7, 7, 7]), (first, [1, 90])):
+        for images, wanted in ((dataset, {10: [1, 90], 11: [], 12: [7, 7, 7]}),
+                               (few, {10: [1, 90], 12: [7, 7, 7]})):
             content = images.coco_json()
-            self.assertEqual(len(content['images']), len(images))
-            self.assertEqual([a['category_id'] for a in content['annotations']], wanted)
+            found = {image['id']: [a['category_id'] for a in content['annotations']
+                                   if a['image_id'] == image['id']] for image in content['images']}
+            self.assertEqual(found, wanted)
 
     def test_tall_boxes_stay_tall(self):
         with quiet():
@@ -1264,7 +1266,7 @@ REFUSALS = """
 --schedule flat-cosine --warmup 0.9 -> --warmup 0.9
 --scheme layer --decoder-layers 1 -> --L1 2: the decoder has 1
 --K 6 --T 0 -> --K 6
---samples s.txt -> --samples s.txt: must be a .png
+--samples s.txt -> --samples s.txt: must end in .png
 --scheme one2one --queries 5000 --workers 0 -> tokens
 --out /dev/null -> /dev/null
 """
@@ -1274,8 +1276,9 @@ EVAL_REFUSALS = """
 --compare x --nms 0.5 -> --nms 0.5
 --weights x --curves c.png -> --curves
 --weights x --nms 1.5 -> --nms 1.5
---weights x --pr-curve p.jpg -> --pr-curve p.jpg: must be a .png
---weights x --matches /nowhere/m.png -> /nowhere/m.png: .*folder
+--weights x --images y --split val -> --split val: not with --images
+--weights x --pr-curve p.jpg -> --pr-curve p.jpg: must end in .png
+--weights x --matches /nowhere/m.png -> /nowhere/m.png: No such
 """
 
 
@@ -1344,9 +1347,9 @@ class TestSettings(unittest.TestCase):
 BAD_ENTRIES = """
 images 1 id null -> entry 1 of images has the id None
 images 1 id 10 -> used once
-images 0 file_name "../x.png" -> inside the image folder
-images 0 file_name "none.png" -> names the image 'none.png'
-images 2 height 0 -> a whole number above 0
+images 0 file_name "a0.png" -> names 1 images .* first is a0.png; most like it is 0.png
+images 2 height -1 -> a whole number from 0
+images 2 height 40.5 -> height 40.5
 images 2 width 1000 -> too long and thin
 categories 0 id "1" -> has the id '1'
 categories 2 name null -> a text
@@ -1442,9 +1445,9 @@ class FixedImages(data.CocoDataset):
         return data.Sample(image, torch.zeros(number, dtype=torch.int64),
                            torch.stack([LEFT, RIGHT])[:number], key[1], (64, 64), '')
 
-    def rows(self, n):
+    def rows(self):
         boxes = (box_convert(torch.stack([LEFT, RIGHT]), 'cxcywh', 'xywh') * 64).tolist()
-        return [(i, 1, *box, 100, 0) for i in range(n) for box in boxes[:self.objects[i]]]
+        return [(i, 1, *box, 100, 0) for i, n in enumerate(self.objects) for box in boxes[:n]]
 
 
 class FixedModel(nn.Module):
@@ -1662,7 +1665,7 @@ class ThinBackbone(hybrid_detr.TinyBackbone):
 
 
 def few_shapes(split, length, *rest):
-    return ALL_SHAPES(split, 8, *rest)
+    return ALL_SHAPES(split, min(length, 8), *rest)
 
 
 class Commands(InFolder):
@@ -1801,7 +1804,10 @@ class TestTraining(Commands):
         good = json.loads((folder / 'instances_val2017.json').read_text())
         self.train('--steps 1 --data ROOT/coco')
         resume = '--resume ROOT/run --workers 0'
-        with mock.patch.dict(os.environ, WORLD_SIZE='2'):
+        two = dict(WORLD_SIZE='2', RANK='0', MASTER_PORT='1')
+        with mock.patch.dict(os.environ, two):
+            self.refuses("MASTER_ADDR='': .*torchrun", self.train, resume)
+        with mock.patch.dict(os.environ, two, MASTER_ADDR='localhost'):
             self.refuses('has processes 1.* 2', self.train, resume)
         self.refuses('has amp False.* True', self.train, f'{resume} --amp')
         self.refuses('--epochs 3.*keeps', self.train, f'{resume} --epochs 3')
@@ -1813,13 +1819,13 @@ class TestTraining(Commands):
         fewer = {**good, 'images': good['images'][:2],
                  'annotations': good['annotations'][:2]}
         more = {**good, 'categories': [*good['categories'], {'id': 91, 'name': 'new'}]}
-        for split, content, message in (('train', fewer, 'has images 3.* 2'),
-                                        ('train', more, 'other categories'),
-                                        ('val', more, 'has categories')):
-            (folder / f'instances_{split}2017.json').write_text(json.dumps(content))
-            self.refuses(message, self.train, resume)
-        self.refuses('the data has', self.evaluate,
-                     '--weights ROOT/run/checkpoint.pt')
+        (folder / 'instances_train2017.json').write_text(json.dumps(fewer))
+        self.assertIn('3 images, and there are 2: it no longer equals', self.train(resume))
+        for split, message in (('train', 'training and validation'), ('val', 'run has other')):
+            (folder / f'instances_{split}2017.json').write_text(json.dumps(more))
+            self.refuses(f"{message} .*categories.*no more but 91 'new'|91 'new' but no more",
+                         self.train, resume)
+        self.refuses("no more but 91 'new'", self.evaluate, '--weights ROOT/run/checkpoint.pt')
 
     def test_accumulated_cross_entropy_is_a_mean(self):
         """Both batches of a step hold the same two images."""
@@ -1907,7 +1913,7 @@ class TestTraining(Commands):
             elif re.match(r'decoder.*(proj|linear\d)\.weight', name):
                 self.assertGreater(float((x - run[name]).abs().max()), 0.01, name)
         for flags in f'{fixed} --fusion dense', f'{own} --init-part backbone {resnet}':
-            self.refuses('--init-part .* lacks', self.train, f'{flags} --out ROOT/none')
+            self.refuses('--init-part .* lacks|none of its', self.train, f'{flags} --out ROOT/none')
 
     def test_imagenet_weights_that_cannot_be_downloaded(self):
         with mock.patch('torchvision.models._api.load_state_dict_from_url', side_effect=OSError):

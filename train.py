@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
-from data import DENSE, DenseOneToOne, FirstImages, UserError, open_dataset, train_loader
+from data import DENSE, Categories, DenseOneToOne, UserError, open_dataset, train_loader
 from eval import flag
 from hybrid_detr import (PARTS, DeformableAttention, HybridDETR, Outputs, TooFewTokens,
                          deformable_attention, official_name, parameter_groups, parts_of)
@@ -296,7 +296,7 @@ def train(settings, folder, checkpoint, machine):
         settings, design, folder, checkpoint, machine)
     # What is evaluated and saved, and what computes the gradients.
     evaluated, parallel = average or model, join_processes(model, machine)
-    plan, scheme = Plan(settings, len(train_set), machine.world), scheme_of(settings)
+    plan, scheme = Plan(settings, conditions['images'], machine.world), scheme_of(settings)
     layers, accumulate = len(model.decoder), settings['accumulate']
     loss = LossSettings(*(settings[name] for name in LossSettings._fields[:5]),
                         official=settings['official_losses'])
@@ -494,18 +494,15 @@ def open_data(settings):
     """
     name, size, seed, overfit, flip, n = (settings[key] for key in (
         'data', 'image_size', 'seed', 'overfit', 'vertical_flip', 'n'))
-    train_set = open_dataset(name, 'train', size, not overfit, flip, seed)
-    if overfit:
-        train_set = val_set = FirstImages(train_set, overfit)
-    else:
+    train_set = val_set = open_dataset(name, 'train', size, True, flip, seed, overfit)
+    if not overfit:
         val_set = open_dataset(name, 'val', size, seed=seed)
-    most = train_set.most_boxes()
-    if most > n:
-        print(f'{name}: an image has {most} boxes, but the detector only {n} --queries')
-    ours, theirs = train_set.categories, val_set.categories
-    if (ours.ids, ours.names) != (theirs.ids, theirs.names):
-        raise UserError(f'{name}: training has other categories than validation '
-                        f'({len(ours)} and {len(theirs)})')
+    if train_set.most_boxes > n:
+        print(f'{name}: images have up to {train_set.most_boxes} boxes, but the detector only '
+              f'{n} --queries')
+    if difference := train_set.categories.difference(val_set.categories):
+        raise UserError(f'{name}: training and validation have different categories: '
+                        f'{difference}')
     if settings['dense_o2o']:
         train_set = DenseOneToOne(train_set, size, flip, seed)
     return train_set, val_set
@@ -514,8 +511,8 @@ def open_data(settings):
 def conditions_of(checkpoint, folder, train_set, machine):
     """What a checkpoint keeps beside the settings.
 
-    Raises UserError if they differ from those of the
-    resumed run.
+    A resumed run may have lost some images, and remembers how
+    many it began with. Raises UserError if anything else differs.
     """
     amp, categories = machine.amp, train_set.categories
     # By default where the GPU computes in bfloat16 itself.
@@ -525,9 +522,17 @@ def conditions_of(checkpoint, folder, train_set, machine):
             on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
     conditions = {'categories': {'ids': categories.ids, 'names': categories.names},
                   'images': len(train_set), 'processes': machine.world, 'amp': amp}
-    for name, value in conditions.items():
-        if checkpoint and checkpoint[name] != value:
-            raise UserError(f'{folder} has {name} {checkpoint[name]}, not {value}: use --init')
+    if checkpoint:
+        if difference := Categories(**checkpoint['categories']).difference(categories):
+            raise UserError(f'{folder} has other categories than the data: {difference}')
+        if checkpoint['images'] != len(train_set):
+            print(f'{folder} began with {checkpoint["images"]} images, and there are '
+                  f'{len(train_set)}: it no longer equals an uninterrupted run')
+            conditions['images'] = checkpoint['images']
+        for name in ('processes', 'amp'):
+            if checkpoint[name] != conditions[name]:
+                raise UserError(f'{folder} has {name} {checkpoint[name]}, not '
+                                f'{conditions[name]}: use --init')
     return conditions
 
 
@@ -584,6 +589,8 @@ def load_initial(model, settings):
         if len({len(parts_of(x, 'backbone')) for x in (ours, theirs, taken)}) > 1:
             taken = {name: x for name, x in taken.items() if not name.startswith('backbone')}
         taken = parts_of(taken, part)
+        if not taken:
+            raise UserError(f'--init {path}: none of its entries fits the model')
         print(f'{path}: {len(taken)} of the {len(ours)} entries are taken, but not',
               *[name for name in ours if name not in taken][:8])
         missing = parts_of(model.named_parameters(), part).keys() - taken.keys()
@@ -597,6 +604,22 @@ def load_initial(model, settings):
                             'to the internet, or use --no-pretrained') from None
     # The other weights stay as they are.
     model.load_state_dict(taken, strict=False)
+
+
+def processes():
+    """-> rank, world, number of the GPU: the variables of torchrun.
+
+    An empty variable counts as none. Raises UserError if several
+    processes could not find each other.
+    """
+    world = os.environ.get('WORLD_SIZE') or '1'
+    if world == '1':
+        return 0, 1, 0
+    for name in ('WORLD_SIZE', 'RANK', 'MASTER_PORT', 'MASTER_ADDR'):
+        text = os.environ.get(name) or ''
+        if not (text if name == 'MASTER_ADDR' else text.isdecimal()):
+            raise UserError(f'WORLD_SIZE={world} with {name}={text!r}: use torchrun')
+    return [int(os.environ.get(name) or 0) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')]
 
 
 def join_processes(model, machine):
@@ -711,9 +734,9 @@ class Journal:
         if n and machine.rank == 0:
             metrics['unstable'] = evaluation.unstable_score(
                 model, val_set, ids, n, evaluation.cost_of(settings))
-        self.write(done, metrics)
         if machine.rank == 0:
             tqdm.write(f'step {done}: {evaluation.one_line(metrics)}')
+        self.write(done, metrics)
 
     def write(self, done, record):
         """Append a line to metrics.jsonl. The clock of the steps starts anew."""
@@ -790,10 +813,12 @@ def read_run(folder, given):
             checkpoint[name]
     for name, value in given.items():
         value = pick(value, settings['model'] == 'tiny')
-        if settings.get(name) != value:
+        # The data may have moved.
+        if name != 'data' and settings.get(name) != value:
             raise UserError(f'{flag(name, value)}: {folder} has {settings.get(name)}, and '
                             'keeps it; --init starts anew')
-    return settings, checkpoint
+    data = evaluation.data_of(settings, given.get('data'), folder)
+    return settings | {'data': data}, checkpoint
 
 
 def new_folder(out, scheme):
@@ -810,28 +835,29 @@ def new_folder(out, scheme):
             raise UserError(f'--out {out}: holds a run; delete it, or go on with --resume')
 
 
-# --- Ctrl-C ---
+# --- Ctrl-C and SIGTERM ---
 
-# One entry for each Ctrl-C.
+# The numbers of the signals so far. `docker stop` and SLURM send
+# SIGTERM.
 INTERRUPTS = []
 
 
-def note_interrupt(*_):
+def note_interrupt(number, _frame):
     """Let the step in progress end: half of one cannot be saved.
 
-    A second Ctrl-C ends at once. Under torchrun the first one
-    does: the processes would stop at different steps and wait for
+    A second Ctrl-C ends at once. With several processes the first
+    signal does: they would stop at different steps and wait for
     each other.
     """
-    INTERRUPTS.append(True)
-    if len(INTERRUPTS) > 1 or 'WORLD_SIZE' in os.environ:
+    INTERRUPTS.append(number)
+    if INTERRUPTS.count(signal.SIGINT) > 1 or os.environ.get('WORLD_SIZE', '') not in ('', '1'):
         raise KeyboardInterrupt
 
 
 def stop(folder, done):
     print(f'\nstopped after step {done}: python train.py --resume '
           f'{shlex.quote(str(folder))} goes on')
-    sys.exit(130)
+    sys.exit(128 + INTERRUPTS[0])
 
 
 # --- The command ---
@@ -856,11 +882,10 @@ def parse(argv=None):
 
 def main(argv=None):
     given, machine = parse(argv)
-    machine.rank = int(os.environ.get('RANK', 0))
-    machine.world = int(os.environ.get('WORLD_SIZE', 1))
+    machine.rank, machine.world, local_rank = processes()
     machine.device = torch.device(machine.device)
     if machine.device.type == 'cuda':
-        machine.device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        machine.device = torch.device('cuda', local_rank)
         torch.cuda.set_device(machine.device)
         # TF32 in training.
         torch.set_float32_matmul_precision('high')
@@ -873,6 +898,7 @@ def main(argv=None):
         settings, checkpoint = complete(given), None
         folder = new_folder(machine.out, settings['scheme'])
     if machine.samples:
+        evaluation.check_target('samples', machine.samples, '.png')
         train_set, _ = open_data(settings)
         evaluation.draw_samples(train_set, machine.samples)
     else:
@@ -880,5 +906,6 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, note_interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note_interrupt)
     evaluation.run_command(main)
