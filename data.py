@@ -40,8 +40,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # DenseOneToOne acts in epochs 4 to 34 of 60 (DEIM's released settings for RT-DETRv2).
 DENSE = (4 / 60, 34 / 60)
 
-# The EXIF orientations that exchange width and height.
-SWAPPED = (5, 6, 7, 8)
 # Seconds after which a loader gives up.
 PATIENCE = 180
 
@@ -136,9 +134,9 @@ class CocoDataset(Dataset):
                 'annotations': annotations}
 
 
-def normalise(image: Tensor) -> Tensor:
-    """Convert uint8 (3, H, W) to float with the mean and deviation of pretrained backbones."""
-    image = v2.functional.to_dtype(image, torch.float32, scale=True)
+def normalise(image: Image.Image) -> Tensor:
+    """Convert to float (3, H, W) with the mean and deviation of pretrained backbones."""
+    image = v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True)
     return v2.functional.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -157,7 +155,7 @@ def transformed(transforms, seed, image: Image.Image, target):
         image, target = transforms(image, target)
     boxes = box_convert(target['boxes'].as_subclass(Tensor), 'xyxy', 'cxcywh')
     boxes = boxes / torch.tensor(image.size * 2)
-    return normalise(v2.functional.pil_to_tensor(image)), target['labels'], boxes
+    return normalise(image), target['labels'], boxes
 
 
 # --- Shapes, drawn on the fly ---
@@ -346,7 +344,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def opened(path):
-    """Open an image file: yield the image, whose pixels are not read, and its EXIF orientation.
+    """Open an image file -> the image, its EXIF orientation.
 
     Raises UserError for whatever Pillow raises if the file is broken.
     """
@@ -360,13 +358,13 @@ def opened(path):
 def read_image(path, size=None) -> Image.Image:
     """Read an image file as RGB, upright: turned as its EXIF orientation says.
 
-    size: the annotated width and height. If only the stored image has them, it is not turned.
+    size: as annotated (width, height). If only the stored image has it, nothing is turned.
     Raises UserError for a file that cannot be read, and for an image too thin to be resized.
     """
     with opened(path) as (file, orientation):
         image = ImageOps.exif_transpose(file)
-        if orientation in SWAPPED and image.size != size == image.size[::-1]:
-            # Turn it back. 8 undoes 6, 6 undoes 8, the others undo themselves.
+        if orientation > 4 and image.size != size == image.size[::-1]:
+            # Turn back. 8 undoes 6, 6 undoes 8, 5 and 7 undo themselves.
             undo = {6: 8, 8: 6}.get(orientation, orientation)
             image.getexif()[ExifTags.Base.Orientation] = undo
             image = ImageOps.exif_transpose(image)
@@ -378,10 +376,6 @@ def read_image(path, size=None) -> Image.Image:
 def check_shape(name, width, height):
     if max(width, height) > 20 * min(width, height):
         raise UserError(f'{name} has {width} x {height} pixels: too long and thin to be resized')
-
-
-# What entries may lack
-OPTIONAL = {'width', 'height', 'area', 'iscrowd', 'ignore'}
 
 
 def read_annotations(file: Path) -> dict:
@@ -409,6 +403,7 @@ def read_annotations(file: Path) -> dict:
             bbox=(lambda x: isinstance(x, list) and len(x) == 4 and all(map(number, x)),
                   'four numbers x, y, width, height'),
             area=(number, 'a number'), iscrowd=yes_or_no, ignore=yes_or_no)}
+    optional = {'width', 'height', 'area', 'iscrowd', 'ignore'}
     ids = {'images': set(), 'categories': set()}
     try:
         content = json.loads(file.read_bytes())
@@ -424,7 +419,7 @@ def read_annotations(file: Path) -> dict:
                 raise UserError(f'{origin} is no object')
             for field, (good, needed) in fields.items():
                 value = entry.get(field)
-                if value is None and field in OPTIONAL:
+                if value is None and field in optional:
                     entry.pop(field, None)
                     continue
                 if type(value) is float and value.is_integer():
@@ -460,7 +455,7 @@ def find_split(root: Path, split):
 
 
 def repeats(rows):
-    """Return for each row of an array if an earlier row equals it, bool."""
+    """Return (bool) for each row of an array if it equals an earlier one."""
     is_repeated = np.ones(len(rows), bool)
     is_repeated[np.unique(rows, axis=0, return_index=True)[1]] = False
     return is_repeated
@@ -470,8 +465,9 @@ class CocoFolder(CocoDataset):
     """A folder in one of LAYOUTS. What is doubtful in it is printed.
 
     Boxes are cut at the border of their image for training. Crowds, ignored boxes and boxes
-    without area do not train. The evaluation has all boxes of the file, and ignored ones are
-    crowds. overfit: keep so many images, the first that have boxes to learn.
+    without area do not train. The evaluation has all boxes, and ignored ones are crowds.
+    training: augment, and refuse boxes that vanish. overfit: keep the first images that have
+    boxes to learn, so many, and do not augment.
     """
 
     def __init__(self, root, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
@@ -500,8 +496,8 @@ class CocoFolder(CocoDataset):
         for index, (image_id, name, height, width) in enumerate(self.images):
             if not (height and width):
                 with opened(self.folder / name) as (file, orientation):
-                    # Pillow exchanges the sides of a TIFF itself.
-                    is_turned = orientation in SWAPPED and file.format != 'TIFF'
+                    # From 5 on, the sides change places. Pillow knows it of a TIFF.
+                    is_turned = orientation > 4 and file.format != 'TIFF'
                     height, width = file.size if is_turned else file.size[::-1]
                 self.images[index] = image_id, name, height, width
             check_shape(f'{self.file}: the image {name!r}', width, height)
@@ -522,8 +518,7 @@ class CocoFolder(CocoDataset):
         owner, xy, wh = table[:, 0].astype(int), table[:, 2:4], table[:, 4:6]
         image_wh = np.array([(w, h) for _, _, h, w in self.images])[owner]  # (A, 2)
         if np.abs(table[:, 2:6]).max() <= 1:
-            raise UserError(f'{self.file}: all boxes lie within 0..1: are they fractions? COCO '
-                            'has pixels')
+            raise UserError(f'{self.file}: all boxes lie within 0..1: are they fractions?')
         # 1 % and 1 pixel allow for rounding and for resized files.
         outside = (xy + wh > 1.01 * image_wh + 1).any(1).mean()
         if outside > 0.2:
@@ -554,9 +549,8 @@ class CocoFolder(CocoDataset):
         owner, table = owner[usable], table[usable]
         self.report('boxes repeat one of their class in their image', repeats(table[:, :6]), owner)
         # The size (see `resize_to`) at which the shorter side of a box is one pixel.
-        sides = image_wh[usable]
-        needed = np.maximum(sides.min(1), sides.max(1) * 800 / 1333) / (
-            self.corners[:, 2:] - self.corners[:, :2]).min(1)
+        needed = np.maximum(image_wh.min(1), image_wh.max(1) * 800 / 1333)[usable]
+        needed /= (corners[:, 2:] - corners[:, :2])[usable].min(1)
         small = f'boxes are below one pixel at --image-size {self.size}'
         self.report(small, needed > self.size, owner)
         if training and (needed > self.size).mean() > 0.5:
@@ -585,10 +579,7 @@ class CocoFolder(CocoDataset):
 
 
 def open_dataset(name, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
-    """Open 'shapes' or a folder in the COCO layout. The split is 'train' or 'val'.
-
-    training: the images are to be augmented. overfit: take the first images, without that.
-    """
+    """Open 'shapes' or a folder. The split is 'train' or 'val'. training: for train.py."""
     if name == 'shapes':
         length = 8000 if split == 'train' else 500
         return ShapesDataset(split, min(length, overfit or length), size, seed)
@@ -707,14 +698,16 @@ def train_batches(n, batch_size, steps, seed=0, start=0, rank=0, world=1, dense_
 
 
 def ignore_signals(_worker):
-    """Let the training process decide, though Ctrl-C and SLURM send signals to all processes."""
+    """Leave Ctrl-C and SIGTERM, which may reach all processes, to the training process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers():
-    """Kill loading processes that are left at the end. The usual SIGTERM would not end them."""
+    """Kill the loading processes that an error left, as they ignore SIGTERM."""
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report a crash
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

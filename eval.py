@@ -125,7 +125,8 @@ def data_of(settings, given, run) -> str:
     Raises UserError if it is gone.
     """
     data = given or settings['data']
-    if not given and data != 'shapes' and not Path(data).exists():
+    is_there = data == 'shapes' or os.path.isdir(data) and os.listdir(data)
+    if not given and not is_there:
         raise UserError(f'the data {data} of {run} is gone: name its new place with --data')
     return data
 
@@ -798,6 +799,29 @@ def parse(argv=None):
     return argparse.Namespace(**args | defaults | given)
 
 
+def data_to_detect(args, model, categories, settings):
+    """Open what the command line names -> the data set, its name."""
+    size = args.image_size or settings.get('image_size', 800)
+    if args.images:
+        columns = list(range(model.num_classes))  # official: names are unknown
+        known = categories or Categories(columns, list(map(str, columns)))
+        return ImageFiles(args.images, size, known), ', '.join(args.images)
+    if not (args.data or settings):
+        raise UserError('an official checkpoint names no data: add --data COCO')
+    data = data_of(settings, args.data, args.weights)
+    # A run with --overfit is judged by its training images.
+    overfit = 0 if args.split else settings.get('overfit', 0)
+    split = args.split or ('train' if overfit else 'val')
+    dataset = open_dataset(data, split, size, seed=settings.get('seed', 0), overfit=overfit)
+    objects = Counter(a['image_id'] for a in dataset.coco_json()['annotations']
+                      if not a['iscrowd'])
+    most = max(objects.values(), default=0)
+    if most > 100:
+        print(f'{data}: images have up to {most} objects, but AP counts only the 100 best '
+              'detections of an image')
+    return dataset, f'{data}, {split}'
+
+
 def main(argv=None):
     args = parse(argv)
     for name in TARGETS:
@@ -807,37 +831,19 @@ def main(argv=None):
         return compare(args.compare, args.curves)
     model, categories, settings = load_detector(args.weights)
     model.to(args.device)
-    size = args.image_size or settings.get('image_size', 800)
-    how = dict(batch_size=args.batch_size or settings.get('batch_size', 2),
-               workers=args.workers, group=args.group)
-    if args.images:
-        columns = list(range(model.num_classes))
-        known = categories or Categories(columns, list(map(str, columns)))
-        dataset = ImageFiles(args.images, size, known)
-    elif args.data or settings:
-        # A run with --overfit is judged by its training images.
-        overfit = 0 if args.split else settings.get('overfit', 0)
-        dataset = open_dataset(
-            data_of(settings, args.data, args.weights),
-            args.split or ('train' if overfit else 'val'), size,
-            seed=settings.get('seed', 0), overfit=overfit)
-    else:
-        raise UserError('an official checkpoint names no data: add --data COCO')
+    dataset, origin = data_to_detect(args, model, categories, settings)
     for name, n in (('group', len(model.groups)), ('image', len(dataset))):
         if vars(args)[name] >= n:
             raise UserError(f'--{name} {vars(args)[name]}: there are {n}, from 0 on')
     ids, cost = ids_for(categories, dataset, model.num_classes), cost_of(settings)
-    print(f'{args.weights}, group {args.group}, NMS {args.nms}, on {len(dataset)} images')
+    print(f'{args.weights}, group {args.group}, NMS {args.nms}, on {len(dataset)} images of '
+          f'{origin}')
+    how = dict(batch_size=args.batch_size or settings.get('batch_size', 2),
+               workers=args.workers, group=args.group)
     if args.images:
         [rows], speed = detect(model, dataset, ids, nms=[args.nms], **how)
         print(f'{speed:.1f} images/s')
     else:
-        objects = Counter(a['image_id'] for a in dataset.coco_json()['annotations']
-                          if not a['iscrowd'])
-        full = [n for n in objects.values() if n > 100]
-        if full:
-            print(f'{len(full)} images have more than 100 objects (up to {max(full)}), but AP '
-                  'counts the 100 best detections of an image only')
         metrics, by_class, rows = evaluate(model, dataset, ids, nms=args.nms, table=True,
                                            curve=args.pr_curve, **how)
         if args.unstable:
@@ -848,10 +854,10 @@ def main(argv=None):
         for category_id, name in zip(dataset.categories.ids, dataset.categories.names):
             print(f'{name:24} AP {by_class[category_id]:.3f}')
     if args.save_json:
-        def origin(i):
-            return {'file_name': dataset.images[i][1]} if args.images else {'image_id': i}
-        results = [{**origin(int(i)), 'category_id': int(c), 'bbox': box, 'score': score}
+        results = [{'image_id': int(i), 'category_id': int(c), 'bbox': box, 'score': score}
                    for i, *box, score, c in rows.tolist()]
+        for result in results if args.images else ():
+            result['file_name'] = dataset.images[result.pop('image_id')][1]
         Path(args.save_json).write_text(json.dumps(results))
     if args.matches:
         draw_matches(model, dataset, ids, args.matches, args.image, cost)

@@ -545,6 +545,7 @@ class HybridDETR(nn.Module):
         noised: denoising queries, which follow at the end of the row: their `boxes` (B,n,4) and
         `labels` (B,n), in a number of `groups`.
         Raises TooFewTokens if the images have fewer tokens than there are queries to choose.
+        In eval(), torch.export can export the model with dynamic B, H and W.
         """
         if group is None and not self.training:
             group = 0
@@ -570,7 +571,7 @@ class HybridDETR(nn.Module):
         content = content[:, :matching]
         if self.query_content is not None:
             # Mixed query selection: the position comes from the image, the content is learned.
-            content = self.query_content[end - matching:end].expand(len(images), -1, -1)
+            content = self.query_content[end - matching:end].expand_as(content)
         if noised is not None:
             content = torch.cat([content, self.denoising_content(noised.labels)], 1)  # (B, N, D)
 
@@ -685,7 +686,7 @@ class HybridDETR(nn.Module):
                 if self.selection == 'distinct':
                     taken = taken.scatter(1, top, True)
         # Rows `top` (B, n) of box_logits[:, e] (B, S, 4).
-        return [box_logits[:, e].take_along_dim(top[..., None], 1).detach().sigmoid()
+        return [box_logits[:, e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid()
                 for e, top in chosen]
 
     def decode(self, boxes: Tensor, content: Tensor, position: Tensor, sizes: Sequence[int],

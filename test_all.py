@@ -806,17 +806,6 @@ class TestLosses(Close, unittest.TestCase):
             atol = 2e-5 if settings.kind == 'stable' else 1e-6
             self.close(cost[0] + shift, wanted, atol, str(settings))
 
-    def test_class_losses_by_hand(self):
-        """Logit 0: p is 1/2 and BCE is log 2 for any target."""
-        for kind, matched, iou, weight in (
-                ('bce', 1, 1, 1), ('bce', 0, 0, 1), ('vfl', 1, 0.5, 0.5), ('vfl', 1, 0, 3 / 16),
-                ('stable', 1, 1, 1 / 4), ('stable', 1, 0.5, 0)):
-            x, m, s = torch.tensor([[0], [matched], [iou]],
-                                   dtype=torch.float64)
-            loss = losses.class_loss(x, m, s, LossSettings(kind))
-            self.close(loss, [weight * math.log(2)],
-                       1e-12, f'{kind} {matched} {iou}')
-
     def test_f1(self):
         """Stable-DINO Table 7: 1 for a perfect pair, and the order for a bad one."""
         s, p = torch.tensor([1, 0.25]), torch.tensor([1, 0.4])
@@ -984,6 +973,16 @@ class TestDetector(Close, unittest.TestCase):
         with self.assertRaisesRegex(hybrid_detr.TooFewTokens, 'tokens'):
             tiny_model((500,))(self.images, self.mask)
 
+    def test_an_exported_program_computes_the_same(self):
+        model, free = tiny_model((5, 8), levels=2).eval(), torch.export.Dim.DYNAMIC
+        shapes = {0: free, 2: free, 3: free}, {0: free, 1: free, 2: free}
+        program = torch.export.export(model, (self.images, self.mask), dynamic_shapes=shapes)
+        for b, h, w in (1, 64, 80), (3, 101, 160):
+            images, mask = torch.randn(b, 3, h, w), torch.zeros(b, h, w, dtype=torch.bool)
+            mask[-1, h - 9:] = True
+            for exported, own in zip(program.module()(images, mask), model(images, mask)):
+                self.close(exported, own, 1e-4)
+
     def test_memory_fusion(self):
         """Which outputs of the encoder layers are joined (0 stands for the backbone's tokens)."""
         where = hybrid_detr.geometry(torch.zeros(1, 64, 64, dtype=torch.bool),
@@ -1089,7 +1088,7 @@ class TestData(Close, unittest.TestCase):
             dataset = data.CocoFolder(coco_folder(self.root), 'train', 40)
             few = data.CocoFolder(self.root, 'train', 40, overfit=2)
         self.assertRegex(printed.getvalue(), r'2 of 5 boxes .*2\.png')
-        self.assertEqual(dataset.categories.ids, [1, 7, 90])
+        self.assertEqual((dataset.categories.ids, dataset.with_boxes), ([1, 7, 90], [0, 2]))
         self.assertEqual([dataset[0, i].labels.tolist() for i in range(3)], [[0, 2], [], [1]])
         for images, wanted in ((dataset, {10: [1, 90], 11: [], 12: [7, 7, 7]}),
                                (few, {10: [1, 90], 12: [7, 7, 7]})):
@@ -1118,11 +1117,24 @@ class TestData(Close, unittest.TestCase):
             with quiet():
                 dataset = data.CocoFolder(coco_folder(self.root / mode, mode=mode), 'val', 40)
             self.assertEqual(dataset[0, 0].image.shape, (3, 40, 60))
-        pixels = np.linspace(0, 4000, 2400).reshape(40, 60).astype(np.uint16)
-        rgb = np.asarray(data.as_rgb(Image.fromarray(pixels)))
-        self.assertEqual((rgb.min(), rgb.max()), (0, 255))
-        self.assertLess((rgb == 255).mean(), 0.02,
-                        '16 bits must not be cut off')
+        pixels = np.linspace(0, 4000, 2400).reshape(40, 60)
+        strange = (pixels - 3000) / 1e6
+        strange[0, :4] = math.nan, math.inf, -math.inf, 9e9
+        right = [np.asarray(data.as_rgb(Image.fromarray(x.astype(kind)))).astype(int)[1:]
+                 for x, kind in ((pixels, np.uint16), (pixels, np.int32), (strange, np.float32))]
+        for rgb in right:
+            self.assertLess(abs(rgb - pixels[1:, :, None] * 255 / 4000).max(), 2, 'stretched')
+
+    def test_orientation(self):
+        upright = Image.fromarray(np.random.RandomState(0).randint(0, 255, (4, 6, 3), np.uint8))
+        tags = zip(range(2, 9), (0, 3, 1, 5, 2, 6, 4))  # and Pillow's method that needs the tag
+        for (tag, method), ending in itertools.product(tags, ('png', 'tif', 'webp')):
+            exif, path, stored = Image.Exif(), self.root / f'a.{ending}', upright.transpose(method)
+            exif[0x0112] = tag
+            stored.save(path, exif=exif, lossless=True)
+            for size, wanted in ((None, upright), ((6, 4), upright), (stored.size, stored)):
+                wanted = upright if size == (6, 4) else wanted
+                self.assertTrue(np.array_equal(data.read_image(path, size), wanted), (tag, ending))
 
     def test_boxes_at_the_border_are_kept(self):
         transforms = data.train_transforms(192)
@@ -1363,7 +1375,16 @@ BAD_FILES = (  # change of the whole file, message
     (lambda c: c.pop('categories'), 'no list of categories'),
     (lambda c: c['images'].insert(0, 'x'), 'entry 0 of images is no object'),
     (lambda c: [a.update(bbox=[30, 25, 55, 38]) for a in c['annotations']], 'x1, y1, x2, y2'),
-    (lambda c: [a.update(iscrowd=1) for a in c['annotations']], 'no box with an area'))
+    (lambda c: [a.update(iscrowd=1) for a in c['annotations']], 'no box with an area'),
+    (lambda c: [a.update(bbox=[0, 1, 0.5, 0.5]) for a in c['annotations']], 'fractions'),
+    (lambda c: [a.update(bbox=[9, 9, 9, 0.9]) for a in c['annotations']], 'two at --image-size 96'))
+
+
+DOUBTS = (  # change of the whole file, what is printed
+    (lambda c: c['annotations'][0].update(bbox=[10, 5, 0.5, 9]), r'1 of 3 .* one pixel .* 0\.png'),
+    (lambda c: c['annotations'].append(c['annotations'][1]), r'1 of 4 boxes repeat .* 0\.png'),
+    (lambda c: c['images'][2].update(file_name='./1.png'), r'1 of 3 images .* \./1\.png'),
+    (lambda c: c['annotations'][0].update(ignore=True), r'3 of 5 boxes are crowds, .* 0\.png'))
 
 
 class TestBadData(InFolder):
@@ -1372,12 +1393,12 @@ class TestBadData(InFolder):
         self.file = coco_folder(self.root) / 'annotations' / 'instances_train2017.json'
         self.good = self.file.read_text()
 
-    def open(self, change=lambda content: None):
+    def open(self, change=lambda content: None, training=False):
         content = json.loads(self.good)
         change(content)
         self.file.write_text(json.dumps(content))
         with quiet() as printed:
-            dataset = data.open_dataset(str(self.root), 'train', 40)
+            dataset = data.open_dataset(str(self.root), 'train', 40, training)
             return [dataset[0, i] for i in range(len(dataset))], printed.getvalue()
 
     def test_annotations_that_make_no_sense(self):
@@ -1391,7 +1412,7 @@ class TestBadData(InFolder):
                     del place[field]
             self.refuses(f'{self.file}.*{message}', self.open, change)
         for change, message in BAD_FILES:
-            self.refuses(message, self.open, change)
+            self.refuses(message, self.open, change, True)
         for text in '', '{', '[' * 100_000, f'[{self.good}]':
             self.file.write_text(text)
             self.refuses('no valid JSON|no list of images',
@@ -1405,6 +1426,26 @@ class TestBadData(InFolder):
             boxes = box_convert(torch.cat([x.boxes for x in samples]), 'cxcywh', 'xyxy')
             self.assertEqual(len(boxes), 5 - dropped)
             self.assertTrue(-1e-6 < boxes.min() and boxes.max() < 1 + 1e-6, 'cut at the border')
+        for change, message in DOUBTS:
+            self.assertRegex(self.open(change)[1], message)
+
+    def test_files_of_other_programs(self):
+        def loose(content):
+            for entry in content['annotations']:
+                entry.update(image_id=float(entry['image_id']), area=None, ignore=None)
+            for entry in content['images']:
+                entry.update(height=None, id=float(entry['id']))
+        self.assertEqual(repr(self.open(loose)[0]), repr(self.open()[0]))
+        images, file = self.root / 'val2017', self.root / 'annotations/instances_val2017.json'
+        for i, layout in enumerate(data.LAYOUTS):
+            root, old = self.root / str(i), (images, file)
+            images, file = (root / pattern.format('valid') for pattern in layout)
+            os.renames(old[0], images)
+            os.renames(old[1], file)
+            with quiet():
+                self.assertEqual(len(data.open_dataset(root, 'val', 40)), 3)
+        self.refuses('holds valid, valid/_annotations.coco.json$',
+                     data.open_dataset, root, 'train', 40)
 
     def test_images(self):
         path = self.root / 'train2017' / '0.png'
@@ -1496,35 +1537,6 @@ class TestMeasures(InFolder):
                 (two, found, [(1 / 3 + 1) / 2, 1 / 6, 0, 0.5]),
                 (crowd, [inside, near], [2 / 3, 1 / 3, 0, 0])):
             np.testing.assert_allclose(self.errors(content, rows), wanted, atol=1e-6)
-
-    def test_olrp_equals_a_search_over_all_thresholds(self):
-        truth = data.ShapesDataset('val', 6, 64, 0).coco_json()
-        rng = np.random.default_rng(0)
-        rows = np.array([[a['image_id'], *(a['bbox'] + rng.normal(0, 1.5, 4)).clip(0.5),
-                          score.round(1), a['category_id']]
-                         for a in truth['annotations'] for score in rng.uniform(0, 1, 2)])
-        rows = rows[np.argsort(-rows[:, 5], kind='stable')]
-
-        def iou(*boxes):
-            boxes = [box_convert(torch.tensor(box)[None], 'xywh', 'xyxy') for box in boxes]
-            return float(box_iou(*boxes))
-
-        def lrp(category, threshold):
-            kept = rows[(rows[:, 5] >= threshold) & (rows[:, 6] == category), :5]
-            free = [a for a in truth['annotations'] if a['category_id'] == category]
-            errors, wrong = [], len(kept) + len(free)
-            for image, *box in kept:
-                best = max((a for a in free if a['image_id'] == image), default=None,
-                           key=lambda a: iou(box, a['bbox']))
-                if best and iou(box, best['bbox']) >= 0.5:
-                    free.remove(best)
-                    errors.append(1 - iou(box, best['bbox']))
-                    wrong -= 2
-            return (sum(errors) / 0.5 + wrong) / (wrong + len(errors))
-        best = [min(lrp(category, threshold) for threshold in rows[:, 5])
-                for category in {a['category_id'] for a in truth['annotations']}]
-        self.assertAlmostEqual(self.errors(truth, rows)[0],
-                               np.mean(best), places=5)
 
     def test_unstable_score_by_hand(self):
         start = torch.stack([LEFT, RIGHT, OFF, OFF])
@@ -1819,13 +1831,18 @@ class TestTraining(Commands):
         fewer = {**good, 'images': good['images'][:2],
                  'annotations': good['annotations'][:2]}
         more = {**good, 'categories': [*good['categories'], {'id': 91, 'name': 'new'}]}
+        (self.root / 'coco').rename(self.root / 'moved')
+        flags = '--weights ROOT/run/checkpoint.pt'
+        for command in (self.train, resume), (self.evaluate, flags):
+            self.refuses('/coco of .*run.* is gone.*--data', *command)
+        folder, resume = self.root / 'moved' / 'annotations', f'{resume} --data ROOT/./moved/'
         (folder / 'instances_train2017.json').write_text(json.dumps(fewer))
         self.assertIn('3 images, and there are 2: it no longer equals', self.train(resume))
         for split, message in (('train', 'training and validation'), ('val', 'run has other')):
             (folder / f'instances_{split}2017.json').write_text(json.dumps(more))
             self.refuses(f"{message} .*categories.*no more but 91 'new'|91 'new' but no more",
                          self.train, resume)
-        self.refuses("no more but 91 'new'", self.evaluate, '--weights ROOT/run/checkpoint.pt')
+        self.refuses("no more but 91 'new'", self.evaluate, f'{flags} --data ROOT/moved')
 
     def test_accumulated_cross_entropy_is_a_mean(self):
         """Both batches of a step hold the same two images."""
@@ -1891,10 +1908,12 @@ class TestTraining(Commands):
         state = official_state(lambda name, shape: torch.rand(shape) / 100, 6, (8,), 'resnet18',
                                decoder_layers=2, ffn=32, **SIZES)
         torch.save({'model': state}, self.root / 'official.pth')
+        wrapped = {f'module.{name}': x for name, x in run.items()}
+        torch.save({'model': wrapped}, self.root / 'wrapped.pth')
         own, resnet = '--init ROOT/run/checkpoint.pt', '--model resnet18 --no-pretrained'
         for out, flags, new in (  # new: the matrices that are not taken from the file
                 ('own', own, 'none'), ('coco', f'{own} --data ROOT/coco', '.*class_heads|label'),
-                ('part', f'{own} --init-part backbone', r'(?!backbone\.)'),
+                ('part', '--init ROOT/wrapped.pth --init-part backbone', r'(?!backbone\.)'),
                 ('resnet', f'{own} {resnet}', 'backbone|input_proj|level|.*(offsets|attention_w)'),
                 ('official', '--init ROOT/official.pth --model resnet18', 'none')):
             self.train(f'--steps 1 --seed 1 --lr 0 --weight-decay 0 {flags}', out)
@@ -1995,9 +2014,17 @@ class TestTraining(Commands):
         self.assertRegex(printed, r'unstable \[[\d.]+, [\d.]+\]')
         self.assertEqual(re.findall(r'(?m)^(\w+) +AP ', printed), [*data.SHAPES])
         results = json.loads((self.root / 'results.json').read_text())
-        for result, (image, *bbox, score, category) in zip(results, rows, strict=True):
-            self.assertEqual(result, dict(image_id=image, category_id=category,
-                                          bbox=bbox, score=score))
+        for i in range(8):
+            data.ShapesDataset('val', 8, 64).load(i)[0].save(self.root / 'run' / f'{i}.bmp')
+        (self.root / 'run' / 'predictions.png').unlink()
+        self.evaluate(f'{weights} --images ROOT/run --save-json ROOT/found.json --nms 0.7 '
+                      '--group 1 --picture-file ROOT/found.png')
+        found = json.loads((self.root / 'found.json').read_text())
+        for result, other, numbers in zip(results, found, rows, strict=True):
+            image, *bbox, score, category = numbers
+            row = dict(category_id=category, bbox=bbox, score=score)
+            self.assertEqual(result, {'image_id': image, **row})
+            self.assertEqual(other, {'file_name': f'{self.root}/run/{image:.0f}.bmp', **row})
         drawn = [*self.root.glob('**/*.png')]
         self.assertEqual(len(drawn), 6)
         for path in drawn:
@@ -2029,6 +2056,8 @@ def run_file(flags, log, environment):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    os.setpgrp()
+    multiprocessing.set_start_method('fork', force=True)
     tqdm.set_lock(threading.RLock())  # its own would stay behind a process that is killed
     sys.argv = ['train.py', *flags]
     with frozen_norm():
@@ -2063,17 +2092,27 @@ class TestProcesses(Commands):
         process.kill()
         process.join()
         step = self.checkpoint()['step']
-        process = self.start('--resume ROOT/run --workers 0')
+        process = self.start('--resume ROOT/run --workers 1', WORLD_SIZE='')
         self.wait(process, lambda: len(self.records()) > step // 50)
-        os.kill(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)  # the loading process as well
         process.join(60)
         printed, stopped = self.log.read_text(), self.checkpoint()['step']
-        self.assertEqual(process.exitcode, 130, printed)
+        self.assertEqual(process.exitcode, 143, printed)
         self.assertIn(f'steps {step} to 100000', printed)
         self.assertIn(f'stopped after step {stopped}: ', printed)
         self.assertNotIn('Traceback', printed)
         self.assertEqual([record['step'] for record in self.records()],
                          [*range(50, stopped, 50), stopped])
+
+    def test_what_is_no_fault_of_the_program(self):
+        class Slow(ALL_SHAPES):
+            def load(self, index):
+                time.sleep(2)
+        commands = (lambda: print('\u56fe'), lambda: next(iter(data.val_loader(Slow(), 1, 1))))
+        with (contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), 'ascii')),
+              mock.patch.object(data, 'PATIENCE', 1),
+              self.assertRaisesRegex(SystemExit, '/dev/shm .*--shm-size.*--workers 0')):
+            [evaluation.run_command(command) for command in commands]
 
     def test_processes_equal_one_batch(self):
         """One batch of 4, two of 2 in turn, and two processes of 2 have the same gradient."""

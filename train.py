@@ -372,6 +372,7 @@ def train(settings, folder, checkpoint, machine):
                        **conditions}
             replace(folder / 'checkpoint.pt', lambda part: torch.save(content, part))
         if is_interrupted:
+            del loader  # its processes end
             stop(folder, done)
         # After saving: an evaluation that fails loses nothing.
         if plan.is_evaluated(done):
