@@ -331,26 +331,28 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB.
 
     Numbers of 16 or 32 bits are stretched to 0..255, from the 0.1 to the 99.9 percentile of the
-    finite ones, so that a faulty pixel changes nothing else. NaN becomes black.
+    finite ones, so a faulty pixel changes nothing else. NaN becomes black.
     """
     if image.mode.startswith(('I', 'F')):
         pixels = np.asarray(image, dtype=np.float64)
         known = pixels[np.isfinite(pixels)]
         low, high = np.percentile(known, (0.1, 99.9)) if known.size else (0, 0)
-        pixels = (pixels.clip(low, high) - low) * 255 / max(high - low, 1e-30)  # all may be equal
+        pixels = (pixels - low) * 255 / max(high - low, 1e-30)  # all may be equal
         image = Image.fromarray(np.nan_to_num(pixels).clip(0, 255).astype(np.uint8))
     return image.convert('RGB')
 
 
 @contextmanager
 def opened(path):
-    """Open an image file -> the image, its EXIF orientation.
+    """Open an image file -> the image, its EXIF orientation if that exchanges the sides, or 0.
 
-    Raises UserError for whatever Pillow raises if the file is broken.
+    Raises UserError for a broken file.
     """
     try:
-        with Image.open(path) as image:
-            yield image, image.getexif().get(ExifTags.Base.Orientation, 1)
+        # From a path, Pillow maps some TIFFs into memory, and turns them wrongly.
+        with open(path, 'rb') as file, Image.open(file) as image:
+            tag = image.getexif().get(ExifTags.Base.Orientation)
+            yield image, tag if tag in (5, 6, 7, 8) else 0
     except Exception as error:
         raise UserError(f'cannot read the image {path}: {error}') from None
 
@@ -363,8 +365,8 @@ def read_image(path, size=None) -> Image.Image:
     """
     with opened(path) as (file, orientation):
         image = ImageOps.exif_transpose(file)
-        if orientation > 4 and image.size != size == image.size[::-1]:
-            # Turn back. 8 undoes 6, 6 undoes 8, 5 and 7 undo themselves.
+        if orientation and image.size != size == image.size[::-1]:
+            # 8 undoes 6, 6 undoes 8, 5 and 7 undo themselves.
             undo = {6: 8, 8: 6}.get(orientation, orientation)
             image.getexif()[ExifTags.Base.Orientation] = undo
             image = ImageOps.exif_transpose(image)
@@ -375,7 +377,7 @@ def read_image(path, size=None) -> Image.Image:
 
 def check_shape(name, width, height):
     if max(width, height) > 20 * min(width, height):
-        raise UserError(f'{name} has {width} x {height} pixels: too long and thin to be resized')
+        raise UserError(f'{name} has {width} x {height} pixels: too thin to be resized')
 
 
 def read_annotations(file: Path) -> dict:
@@ -440,7 +442,7 @@ LAYOUTS = (('{}2017', 'annotations/instances_{}2017.json'),
 def find_split(root: Path, split):
     """Return the image folder and the annotation file of a split.
 
-    Raises UserError, with what is there, for a folder in another layout.
+    Raises UserError, with what is there, for another layout.
     """
     if not root.is_dir():
         raise UserError(f'{root} is no folder, or does not exist')
@@ -455,7 +457,7 @@ def find_split(root: Path, split):
 
 
 def repeats(rows):
-    """Return (bool) for each row of an array if it equals an earlier one."""
+    """Return for each row of an array if it equals an earlier one, bool."""
     is_repeated = np.ones(len(rows), bool)
     is_repeated[np.unique(rows, axis=0, return_index=True)[1]] = False
     return is_repeated
@@ -466,8 +468,7 @@ class CocoFolder(CocoDataset):
 
     Boxes are cut at the border of their image for training. Crowds, ignored boxes and boxes
     without area do not train. The evaluation has all boxes, and ignored ones are crowds.
-    training: augment, and refuse boxes that vanish. overfit: keep the first images that have
-    boxes to learn, so many, and do not augment.
+    overfit: how many images are kept, the first that have boxes to learn; none is augmented.
     """
 
     def __init__(self, root, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
@@ -485,19 +486,20 @@ class CocoFolder(CocoDataset):
 
     def check_images(self):
         """Look for all files, and read the sizes that the annotations lack."""
-        # Speed: one look finds all files of the folder. Files in subfolders need another.
+        # Speed: one look finds the files of the folder. Those in subfolders need another.
         present = {entry.name for entry in os.scandir(self.folder) if entry.is_file()}
         missing = [name for _, name, *_ in self.images
                    if name not in present and not (self.folder / name).is_file()]
         if missing:
-            [nearest] = difflib.get_close_matches(missing[0], present, 1, 0) or ['nothing']
-            raise UserError(f'{self.file} names {len(missing)} images that are not in '
-                            f'{self.folder}. The first is {missing[0]}; most like it is {nearest}')
+            there = [str(x.relative_to(self.folder)) for x in self.folder.rglob('*.*')]
+            [nearest] = difflib.get_close_matches(missing[0], there, 1, 0) or ['nothing']
+            raise UserError(f'{self.file}: {len(missing)} images are not in {self.folder}; the '
+                            f'first is {missing[0]}, and most like it is {nearest}')
         for index, (image_id, name, height, width) in enumerate(self.images):
             if not (height and width):
                 with opened(self.folder / name) as (file, orientation):
-                    # From 5 on, the sides change places. Pillow knows it of a TIFF.
-                    is_turned = orientation > 4 and file.format != 'TIFF'
+                    # Pillow exchanges the sides of a TIFF itself.
+                    is_turned = orientation and file.format != 'TIFF'
                     height, width = file.size if is_turned else file.size[::-1]
                 self.images[index] = image_id, name, height, width
             check_shape(f'{self.file}: the image {name!r}', width, height)
@@ -517,7 +519,7 @@ class CocoFolder(CocoDataset):
             for a in annotations], dtype=np.float64)
         owner, xy, wh = table[:, 0].astype(int), table[:, 2:4], table[:, 4:6]
         image_wh = np.array([(w, h) for _, _, h, w in self.images])[owner]  # (A, 2)
-        if np.abs(table[:, 2:6]).max() <= 1:
+        if np.abs(table[:, 2:6]).max() < 1.01:
             raise UserError(f'{self.file}: all boxes lie within 0..1: are they fractions?')
         # 1 % and 1 pixel allow for rounding and for resized files.
         outside = (xy + wh > 1.01 * image_wh + 1).any(1).mean()
@@ -542,9 +544,8 @@ class CocoFolder(CocoDataset):
         counts = np.diff(self.first_row)
         self.with_boxes, self.most_boxes = np.flatnonzero(counts).tolist(), int(counts.max())
 
-        # What is doubtful.
         self.report('boxes are crowds, ignored or without area, and do not train', ~usable, owner)
-        files = np.array([os.path.normpath(name) for _, name, *_ in self.images])
+        files = np.array([os.path.abspath(self.folder / image[1]) for image in self.images])
         self.report('images have the file of another id', repeats(files), np.arange(len(files)))
         owner, table = owner[usable], table[usable]
         self.report('boxes repeat one of their class in their image', repeats(table[:, :6]), owner)
@@ -558,7 +559,7 @@ class CocoFolder(CocoDataset):
                             f'{32 * math.ceil(np.median(needed) / 16)}')
 
     def report(self, what, which, owner):
-        """Print how many entries `which` (bool) marks, and the file of the first of them."""
+        """Print how many entries `which` (bool) marks, and the file of the first."""
         if which.any():
             name = self.images[owner[which.argmax()]][1]
             print(f'{self.file}: {which.sum()} of {len(which)} {what} (first: {name})')

@@ -21,7 +21,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -153,9 +152,11 @@ class ImageFiles(CocoDataset):
         for path in map(Path, paths):
             # Systems put files such as ._a.jpg beside a.jpg.
             found = [path] if path.is_file() else sorted(
-                x for x in path.glob('[!.]*') if x.suffix.lower() in IMG_EXTENSIONS)
+                x for x in path.glob('[!.]*')
+                if x.suffix.lower() in IMG_EXTENSIONS and x.is_file())
             if not found:
-                raise UserError(f'{path} is no file, and no folder with images')
+                raise UserError(f'{path} is no file, and no folder with images '
+                                f'({" ".join(IMG_EXTENSIONS)})')
             names += map(str, found)
         self.images = [(i, name, None, None) for i, name in enumerate(names)]
 
@@ -695,7 +696,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args):
         flags = super().parse_args(*args)
         for name, value in vars(flags).items():
-            if value == '':  # a shell variable that was not set
+            if value in ('', ['']):  # a shell variable that was not set
                 self.error(f"{flag(name)} '': is empty")
         return flags
 
@@ -729,7 +730,7 @@ def check_target(name: str, path: str, ending: str):
     The trial leaves what is there, and no new file.
     """
     try:
-        if not path.endswith(ending):
+        if Path(path).suffix != ending:
             raise OSError(0, f'must end in {ending}')
         file = Path(os.path.realpath(path))  # behind a link
         is_new = not file.exists()
@@ -813,9 +814,7 @@ def data_to_detect(args, model, categories, settings):
     overfit = 0 if args.split else settings.get('overfit', 0)
     split = args.split or ('train' if overfit else 'val')
     dataset = open_dataset(data, split, size, seed=settings.get('seed', 0), overfit=overfit)
-    objects = Counter(a['image_id'] for a in dataset.coco_json()['annotations']
-                      if not a['iscrowd'])
-    most = max(objects.values(), default=0)
+    most = np.bincount([int(row[0]) for row in dataset.rows() if not row[7]]).max()
     if most > 100:
         print(f'{data}: images have up to {most} objects, but AP counts only the 100 best '
               'detections of an image')
@@ -869,8 +868,9 @@ def main(argv=None):
 # A part of a RuntimeError's text: what it means to the user.
 REASONS = {
     'gloo': 'another process is gone; its message says why',
-    'DataLoader': 'a loading process is gone or gives nothing: the memory or /dev/shm may be '
-                  'full (docker run --shm-size=8g); --workers 0 needs neither',
+    **dict.fromkeys(('DataLoader worker (pid', 'DataLoader timed out'),
+                    'a loading process is gone or gives nothing: is the memory or /dev/shm '
+                    'full? docker run --shm-size=8g, or --workers 0'),
     'compiler': '--compile needs what is named here',
     'triton': '--compile needs it',
     'allocate memory': 'the memory is full'}

@@ -974,13 +974,14 @@ class TestDetector(Close, unittest.TestCase):
             tiny_model((500,))(self.images, self.mask)
 
     def test_an_exported_program_computes_the_same(self):
-        model, free = tiny_model((5, 8), levels=2).eval(), torch.export.Dim.DYNAMIC
+        model, free = tiny_model((5,), levels=1, decoder_layers=1).eval(), torch.export.Dim.DYNAMIC
         shapes = {0: free, 2: free, 3: free}, {0: free, 1: free, 2: free}
-        program = torch.export.export(model, (self.images, self.mask), dynamic_shapes=shapes)
+        program = torch.export.export(model, (self.images, self.mask),
+                                      dynamic_shapes=shapes).module()
         for b, h, w in (1, 64, 80), (3, 101, 160):
             images, mask = torch.randn(b, 3, h, w), torch.zeros(b, h, w, dtype=torch.bool)
             mask[-1, h - 9:] = True
-            for exported, own in zip(program.module()(images, mask), model(images, mask)):
+            for exported, own in zip(program(images, mask), model(images, mask)):
                 self.close(exported, own, 1e-4)
 
     def test_memory_fusion(self):
@@ -1120,21 +1121,22 @@ class TestData(Close, unittest.TestCase):
         pixels = np.linspace(0, 4000, 2400).reshape(40, 60)
         strange = (pixels - 3000) / 1e6
         strange[0, :4] = math.nan, math.inf, -math.inf, 9e9
-        right = [np.asarray(data.as_rgb(Image.fromarray(x.astype(kind)))).astype(int)[1:]
-                 for x, kind in ((pixels, np.uint16), (pixels, np.int32), (strange, np.float32))]
-        for rgb in right:
-            self.assertLess(abs(rgb - pixels[1:, :, None] * 255 / 4000).max(), 2, 'stretched')
+        for x, kind in (pixels, np.uint16), (pixels, np.int32), (strange, np.float32):
+            rgb = np.asarray(data.as_rgb(Image.fromarray(x.astype(kind))), int)
+            self.assertLess(abs(rgb - pixels[..., None] * 255 / 4000)[1:].max(), 2, 'stretched')
 
     def test_orientation(self):
-        upright = Image.fromarray(np.random.RandomState(0).randint(0, 255, (4, 6, 3), np.uint8))
+        pixels = np.random.RandomState(0).randint(0, 255, (4, 6), np.uint8)
         tags = zip(range(2, 9), (0, 3, 1, 5, 2, 6, 4))  # and Pillow's method that needs the tag
-        for (tag, method), ending in itertools.product(tags, ('png', 'tif', 'webp')):
-            exif, path, stored = Image.Exif(), self.root / f'a.{ending}', upright.transpose(method)
+        for (tag, method), (ending, mode) in itertools.product(
+                tags, (('png', 'RGB'), ('tif', 'RGB'), ('tif', 'L'), ('webp', 'RGB'))):
+            upright, path = Image.fromarray(pixels).convert(mode), self.root / f'a.{ending}'
+            exif, stored = Image.Exif(), upright.transpose(method)
             exif[0x0112] = tag
             stored.save(path, exif=exif, lossless=True)
             for size, wanted in ((None, upright), ((6, 4), upright), (stored.size, stored)):
-                wanted = upright if size == (6, 4) else wanted
-                self.assertTrue(np.array_equal(data.read_image(path, size), wanted), (tag, ending))
+                wanted = (upright if size == (6, 4) else wanted).convert('RGB')
+                self.assertTrue(np.array_equal(data.read_image(path, size), wanted), (tag, path))
 
     def test_boxes_at_the_border_are_kept(self):
         transforms = data.train_transforms(192)
@@ -1324,7 +1326,6 @@ class TestSettings(unittest.TestCase):
             if kind in (int, float):
                 values = 'nan', 'x', kind(row.low) - 1, kind(row.high) * 2
             flags[train.flag(name)] = [*map(str, values)]
-        self.assertGreater(sum(map(len, flags.values())), 120)
         for name, value in ((name, x) for name, values in flags.items() for x in values):
             with self.assertRaisesRegex(UserError, f'^{name}\\b', msg=f'{name} {value}'):
                 train.parse([name, value])
@@ -1359,14 +1360,13 @@ class TestSettings(unittest.TestCase):
 BAD_ENTRIES = """
 images 1 id null -> entry 1 of images has the id None
 images 1 id 10 -> used once
-images 0 file_name "a0.png" -> names 1 images .* first is a0.png; most like it is 0.png
+images 0 file_name "a0.png" -> 1 images are .* first is a0.png, .* like it is 0.png
 images 2 height -1 -> a whole number from 0
 images 2 height 40.5 -> height 40.5
-images 2 width 1000 -> too long and thin
+images 2 width 1000 -> too thin
 categories 0 id "1" -> has the id '1'
 categories 2 name null -> a text
 annotations 0 image_id 99 -> image_id 99
-annotations 1 category_id 91 -> category_id 91
 annotations 0 bbox [1,2,3] -> four numbers
 annotations 0 bbox [1,2,NaN,4] -> four numbers
 annotations 0 iscrowd 2 -> iscrowd 2
@@ -1439,9 +1439,8 @@ class TestBadData(InFolder):
         images, file = self.root / 'val2017', self.root / 'annotations/instances_val2017.json'
         for i, layout in enumerate(data.LAYOUTS):
             root, old = self.root / str(i), (images, file)
-            images, file = (root / pattern.format('valid') for pattern in layout)
-            os.renames(old[0], images)
-            os.renames(old[1], file)
+            images, file = new = [root / pattern.format('valid') for pattern in layout]
+            [*map(os.renames, old, new)]
             with quiet():
                 self.assertEqual(len(data.open_dataset(root, 'val', 40)), 3)
         self.refuses('holds valid, valid/_annotations.coco.json$',
@@ -1818,7 +1817,7 @@ class TestTraining(Commands):
         resume = '--resume ROOT/run --workers 0'
         two = dict(WORLD_SIZE='2', RANK='0', MASTER_PORT='1')
         with mock.patch.dict(os.environ, two):
-            self.refuses("MASTER_ADDR='': .*torchrun", self.train, resume)
+            self.refuses('MASTER_ADDR=: .*torchrun', self.train, resume)
         with mock.patch.dict(os.environ, two, MASTER_ADDR='localhost'):
             self.refuses('has processes 1.* 2', self.train, resume)
         self.refuses('has amp False.* True', self.train, f'{resume} --amp')
@@ -2020,11 +2019,11 @@ class TestTraining(Commands):
         self.evaluate(f'{weights} --images ROOT/run --save-json ROOT/found.json --nms 0.7 '
                       '--group 1 --picture-file ROOT/found.png')
         found = json.loads((self.root / 'found.json').read_text())
-        for result, other, numbers in zip(results, found, rows, strict=True):
-            image, *bbox, score, category = numbers
-            row = dict(category_id=category, bbox=bbox, score=score)
-            self.assertEqual(result, {'image_id': image, **row})
-            self.assertEqual(other, {'file_name': f'{self.root}/run/{image:.0f}.bmp', **row})
+        for result, (image, *bbox, score, category) in zip(results, rows, strict=True):
+            self.assertEqual(result, dict(image_id=image, category_id=category,
+                                          bbox=bbox, score=score))
+            result['file_name'] = f'{self.root}/run/{result.pop("image_id")}.bmp'
+        self.assertEqual(found, results)
         drawn = [*self.root.glob('**/*.png')]
         self.assertEqual(len(drawn), 6)
         for path in drawn:
@@ -2107,12 +2106,12 @@ class TestProcesses(Commands):
     def test_what_is_no_fault_of_the_program(self):
         class Slow(ALL_SHAPES):
             def load(self, index):
-                time.sleep(2)
-        commands = (lambda: print('\u56fe'), lambda: next(iter(data.val_loader(Slow(), 1, 1))))
+                time.sleep(1)
+        self.patch(data, 'PATIENCE', 0.3)
         with (contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), 'ascii')),
-              mock.patch.object(data, 'PATIENCE', 1),
               self.assertRaisesRegex(SystemExit, '/dev/shm .*--shm-size.*--workers 0')):
-            [evaluation.run_command(command) for command in commands]
+            evaluation.run_command(lambda: print('\u56fe'))
+            evaluation.run_command(lambda: next(iter(data.val_loader(Slow(), 1, 1))))
 
     def test_processes_equal_one_batch(self):
         """One batch of 4, two of 2 in turn, and two processes of 2 have the same gradient."""

@@ -595,7 +595,7 @@ def load_initial(model, settings):
         print(f'{path}: {len(taken)} of the {len(ours)} entries are taken, but not',
               *[name for name in ours if name not in taken][:8])
         missing = parts_of(model.named_parameters(), part).keys() - taken.keys()
-        if part != 'all' and (not taken or missing and settings['fixed_encoder']):
+        if missing and settings['fixed_encoder']:
             raise UserError(f'--init-part {part}: {path} lacks {min(missing)}')
     if settings['pretrained'] and not parts_of(taken, 'backbone'):
         try:
@@ -608,19 +608,23 @@ def load_initial(model, settings):
 
 
 def processes():
-    """-> rank, world, number of the GPU: the variables of torchrun.
+    """-> rank, world, number of the GPU, from the variables that torchrun sets.
 
     An empty variable counts as none. Raises UserError if several
     processes could not find each other.
     """
-    world = os.environ.get('WORLD_SIZE') or '1'
-    if world == '1':
+    found = {name: os.environ.get(name) or default for name, default in (
+        ('WORLD_SIZE', '1'), ('RANK', ''), ('LOCAL_RANK', '0'), ('MASTER_PORT', ''),
+        ('MASTER_ADDR', ''))}
+    *numbers, address = found.values()
+    if numbers[0] == '1':
         return 0, 1, 0
-    for name in ('WORLD_SIZE', 'RANK', 'MASTER_PORT', 'MASTER_ADDR'):
-        text = os.environ.get(name) or ''
-        if not (text if name == 'MASTER_ADDR' else text.isdecimal()):
-            raise UserError(f'WORLD_SIZE={world} with {name}={text!r}: use torchrun')
-    return [int(os.environ.get(name) or 0) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')]
+    if address and all(map(str.isdecimal, numbers)):
+        world, rank, local_rank, port = map(int, numbers)
+        if rank < world and port < 65536:
+            return rank, world, local_rank
+    text = ', '.join(f'{name}={value}' for name, value in found.items())
+    raise UserError(f'{text}: not as torchrun sets them')
 
 
 def join_processes(model, machine):
@@ -846,12 +850,13 @@ INTERRUPTS = []
 def note_interrupt(number, _frame):
     """Let the step in progress end: half of one cannot be saved.
 
-    A second Ctrl-C ends at once. With several processes the first
+    Ctrl-C after another signal ends at once. With several processes the first
     signal does: they would stop at different steps and wait for
     each other.
     """
     INTERRUPTS.append(number)
-    if INTERRUPTS.count(signal.SIGINT) > 1 or os.environ.get('WORLD_SIZE', '') not in ('', '1'):
+    is_second = number == signal.SIGINT and len(INTERRUPTS) > 1
+    if is_second or os.environ.get('WORLD_SIZE', '') not in ('', '1'):
         raise KeyboardInterrupt
 
 
