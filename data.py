@@ -11,7 +11,7 @@ ShapesDataset and CocoFolder share `categories` and:
     load(index)            the stored image, its target {'boxes', 'labels'}, its id and its name
     coco_json()            the annotations, for pycocotools
     with_boxes             the indices of the images that have boxes to learn
-    most_boxes             no image has more boxes to learn
+    most_boxes             at most so many boxes to learn are in an image
 """
 import atexit
 import difflib
@@ -59,11 +59,10 @@ class Categories:
         return len(self.ids)
 
     def difference(self, other) -> str:
-        """Return the first category that differs, or '' if all are equal."""
-        ours, theirs = (zip(c.ids, c.names) for c in (self, other))
-        for pair in zip_longest(ours, theirs):
+        """Describe the first pair of categories that differ. '' if all are equal."""
+        for pair in zip_longest(zip(self.ids, self.names), zip(other.ids, other.names)):
             if pair[0] != pair[1]:
-                return ' but '.join(f'{x[0]} {x[1]!r}' if x else 'no more' for x in pair)
+                return ' and '.join(f'{x[0]} {x[1]!r}' if x else 'none' for x in pair)
         return ''
 
 
@@ -107,10 +106,10 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class CocoDataset(Dataset):
-    """What the data sets share, on top of:
+    """What the data sets share. Each one adds:
 
     images: a list of (id, name, height, width)
-    load(index), and the transforms of what it returns
+    load(index), and `transforms` for its result
     rows(): image index, category id, x, y, w, h, area, crowd of each box
     """
 
@@ -330,8 +329,8 @@ def train_transforms(size, vertical_flip=False):
 def as_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB.
 
-    Numbers of 16 or 32 bits are stretched to 0..255, from the 0.1 to the 99.9 percentile of the
-    finite ones, so a faulty pixel changes nothing else. NaN becomes black.
+    Pixels of 16 or 32 bits are stretched: the 0.1 and 99.9 percentiles of the finite ones become
+    0 and 255. So a faulty pixel changes no other pixel. NaN becomes black.
     """
     if image.mode.startswith(('I', 'F')):
         pixels = np.asarray(image, dtype=np.float64)
@@ -344,9 +343,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def opened(path):
-    """Open an image file -> the image, its EXIF orientation if that exchanges the sides, or 0.
+    """Open an image file -> image, EXIF orientation (0 unless it exchanges the sides).
 
-    Raises UserError for a broken file.
+    Any error inside becomes a UserError: Pillow raises many kinds for a broken file.
     """
     try:
         # From a path, Pillow maps some TIFFs into memory, and turns them wrongly.
@@ -360,30 +359,28 @@ def opened(path):
 def read_image(path, size=None) -> Image.Image:
     """Read an image file as RGB, upright: turned as its EXIF orientation says.
 
-    size: as annotated (width, height). If only the stored image has it, nothing is turned.
+    size: annotated (width, height). An image that has it only as stored is not turned.
     Raises UserError for a file that cannot be read, and for an image too thin to be resized.
     """
     with opened(path) as (file, orientation):
         image = ImageOps.exif_transpose(file)
         if orientation and image.size != size == image.size[::-1]:
-            # 8 undoes 6, 6 undoes 8, 5 and 7 undo themselves.
-            undo = {6: 8, 8: 6}.get(orientation, orientation)
-            image.getexif()[ExifTags.Base.Orientation] = undo
-            image = ImageOps.exif_transpose(image)
+            undo = {5: 'TRANSPOSE', 6: 'ROTATE_90', 7: 'TRANSVERSE', 8: 'ROTATE_270'}[orientation]
+            image = image.transpose(Image.Transpose[undo])
         image = as_rgb(image)
-    check_shape(path, *image.size)
+    check_sides(path, *image.size)
     return image
 
 
-def check_shape(name, width, height):
+def check_sides(name, width, height):
     if max(width, height) > 20 * min(width, height):
-        raise UserError(f'{name} has {width} x {height} pixels: too thin to be resized')
+        raise UserError(f'{name} has {width} x {height} pixels: too thin, beyond 20:1')
 
 
 def read_annotations(file: Path) -> dict:
     """Return the content of a COCO annotation file. Raise UserError for the first bad entry.
 
-    A whole float becomes an integer, and what is null is taken out.
+    Whole floats become integers. Optional fields that are null are removed.
     """
     def number(x, types=(int, float)):  # float64 holds whole numbers below 2^53 exactly
         return type(x) in types and abs(x) < 2 ** 53
@@ -433,7 +430,7 @@ def read_annotations(file: Path) -> dict:
     return content
 
 
-# The image folder and the annotation file of a split. The last is Roboflow's.
+# The image folder and the annotation file of a split. The last layout is Roboflow's.
 LAYOUTS = (('{}2017', 'annotations/instances_{}2017.json'),
            ('{}', 'annotations/instances_{}.json'),
            ('{}', '{}/_annotations.coco.json'))
@@ -442,10 +439,10 @@ LAYOUTS = (('{}2017', 'annotations/instances_{}2017.json'),
 def find_split(root: Path, split):
     """Return the image folder and the annotation file of a split.
 
-    Raises UserError, with what is there, for another layout.
+    Raises UserError, which lists the folder, if no layout fits.
     """
     if not root.is_dir():
-        raise UserError(f'{root} is no folder, or does not exist')
+        raise UserError(f'{root} does not exist as a folder')
     names = ('val', 'valid') if split == 'val' else (split,)
     pairs = [[pattern.format(name) for pattern in layout] for layout in LAYOUTS for name in names]
     for folder, file in pairs:
@@ -457,18 +454,18 @@ def find_split(root: Path, split):
 
 
 def repeats(rows):
-    """Return for each row of an array if it equals an earlier one, bool."""
+    """Return which rows of an array equal an earlier row, bool (rows,)."""
     is_repeated = np.ones(len(rows), bool)
     is_repeated[np.unique(rows, axis=0, return_index=True)[1]] = False
     return is_repeated
 
 
 class CocoFolder(CocoDataset):
-    """A folder in one of LAYOUTS. What is doubtful in it is printed.
+    """A folder in one of LAYOUTS. Doubtful entries are counted and printed.
 
     Boxes are cut at the border of their image for training. Crowds, ignored boxes and boxes
-    without area do not train. The evaluation has all boxes, and ignored ones are crowds.
-    overfit: how many images are kept, the first that have boxes to learn; none is augmented.
+    without area do not train. The evaluation has all boxes; ignored boxes are crowds there.
+    overfit: keep only the first N images that have boxes to learn, unaugmented (0: all).
     """
 
     def __init__(self, root, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
@@ -485,16 +482,16 @@ class CocoFolder(CocoDataset):
         self.transforms = train_transforms(size, vertical_flip) if augments else resize_to(size)
 
     def check_images(self):
-        """Look for all files, and read the sizes that the annotations lack."""
+        """Look for all files. Read the sizes that are missing or 0 from the images."""
         # Speed: one look finds the files of the folder. Those in subfolders need another.
         present = {entry.name for entry in os.scandir(self.folder) if entry.is_file()}
         missing = [name for _, name, *_ in self.images
                    if name not in present and not (self.folder / name).is_file()]
         if missing:
-            there = [str(x.relative_to(self.folder)) for x in self.folder.rglob('*.*')]
-            [nearest] = difflib.get_close_matches(missing[0], there, 1, 0) or ['nothing']
+            files = [str(x.relative_to(self.folder)) for x in self.folder.rglob('*.*')]
+            nearest = difflib.get_close_matches(missing[0], files, 1, 0)
             raise UserError(f'{self.file}: {len(missing)} images are not in {self.folder}; the '
-                            f'first is {missing[0]}, and most like it is {nearest}')
+                            f'first is {missing[0]} (nearest names: {nearest})')
         for index, (image_id, name, height, width) in enumerate(self.images):
             if not (height and width):
                 with opened(self.folder / name) as (file, orientation):
@@ -502,7 +499,7 @@ class CocoFolder(CocoDataset):
                     is_turned = orientation and file.format != 'TIFF'
                     height, width = file.size if is_turned else file.size[::-1]
                 self.images[index] = image_id, name, height, width
-            check_shape(f'{self.file}: the image {name!r}', width, height)
+            check_sides(f'{self.file}: the image {name!r}', width, height)
 
     def keep_boxes(self, annotations, overfit, training):
         """Store A annotations as arrays, sorted by image. T of them train.
@@ -546,23 +543,23 @@ class CocoFolder(CocoDataset):
 
         self.report('boxes are crowds, ignored or without area, and do not train', ~usable, owner)
         files = np.array([os.path.abspath(self.folder / image[1]) for image in self.images])
-        self.report('images have the file of another id', repeats(files), np.arange(len(files)))
+        self.report('images use the file of another one', repeats(files), np.arange(len(files)))
         owner, table = owner[usable], table[usable]
-        self.report('boxes repeat one of their class in their image', repeats(table[:, :6]), owner)
+        self.report('boxes repeat a box of their class and image', repeats(table[:, :6]), owner)
         # The size (see `resize_to`) at which the shorter side of a box is one pixel.
         needed = np.maximum(image_wh.min(1), image_wh.max(1) * 800 / 1333)[usable]
         needed /= (corners[:, 2:] - corners[:, :2])[usable].min(1)
         small = f'boxes are below one pixel at --image-size {self.size}'
         self.report(small, needed > self.size, owner)
         if training and (needed > self.size).mean() > 0.5:
-            raise UserError(f'{self.file}: most {small}; half of them have two at --image-size '
+            raise UserError(f'{self.file}: most {small}; half of all have two at --image-size '
                             f'{32 * math.ceil(np.median(needed) / 16)}')
 
-    def report(self, what, which, owner):
-        """Print how many entries `which` (bool) marks, and the file of the first."""
-        if which.any():
-            name = self.images[owner[which.argmax()]][1]
-            print(f'{self.file}: {which.sum()} of {len(which)} {what} (first: {name})')
+    def report(self, text, marked, owner):
+        """Print how many entries are `marked` (bool), and the image of the first."""
+        if marked.any():
+            name = self.images[owner[marked.argmax()]][1]
+            print(f'{self.file}: {marked.sum()} of {len(marked)} {text} (first: {name})')
 
     def rows(self):
         return self.table.tolist()
@@ -580,7 +577,7 @@ class CocoFolder(CocoDataset):
 
 
 def open_dataset(name, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
-    """Open 'shapes' or a folder. The split is 'train' or 'val'. training: for train.py."""
+    """Open 'shapes' or a folder. The split is 'train' or 'val'. training: augment."""
     if name == 'shapes':
         length = 8000 if split == 'train' else 500
         return ShapesDataset(split, min(length, overfit or length), size, seed)
@@ -640,6 +637,7 @@ class DenseOneToOne(Dataset):
         if len(dataset) < 4:
             raise UserError(f'a mosaic needs four images, and the training set has {len(dataset)}')
         self.dataset, self.categories = dataset, dataset.categories
+        self.with_boxes = dataset.with_boxes
         self.size, self.seed = size, seed
         # Objects outside the canvas are lost. Nothing else is cropped (released code).
         affine = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.5, 1.5), fill=0)
@@ -699,16 +697,16 @@ def train_batches(n, batch_size, steps, seed=0, start=0, rank=0, world=1, dense_
 
 
 def ignore_signals(_worker):
-    """Leave Ctrl-C and SIGTERM, which may reach all processes, to the training process."""
+    """Ignore Ctrl-C and SIGTERM in a loading process. The main process handles them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers():
-    """Kill the loading processes that an error left, as they ignore SIGTERM."""
+    """Kill loading processes that outlive an error. They ignore SIGTERM."""
     if hasattr(signal, 'SIGCHLD'):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report a crash
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports a crash
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -717,8 +715,7 @@ def end_workers():
 def batch_loader(dataset, batches, workers, pin=False):
     """Load the given batches once. Raise RuntimeError if none comes for PATIENCE seconds.
 
-    A DataLoader draws a number when it starts. Its own generator leaves the training's unchanged,
-    and so a resumed run draws the dropout of an uninterrupted run.
+    A DataLoader draws a number when it starts. Its own generator leaves torch's unchanged.
     """
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,

@@ -58,7 +58,7 @@ DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
 def read_checkpoint(path: str) -> dict:
     """Read a checkpoint without running code from it.
 
-    The prefix `module.` of a model in DistributedDataParallel is taken off.
+    The prefix `module.` of DistributedDataParallel is removed.
     Raises UserError for a damaged file or a weight that is not finite.
     """
     try:
@@ -119,14 +119,13 @@ def ids_for(model_categories, dataset, columns: int) -> list[int]:
 
 
 def data_of(settings, given, run) -> str:
-    """Return the data set to open: as given, or that of a run.
+    """Return `given`, or the data set of a run.
 
-    Raises UserError if it is gone.
+    Raises UserError if the folder of the run's data is gone or empty.
     """
     data = given or settings['data']
-    is_there = data == 'shapes' or os.path.isdir(data) and os.listdir(data)
-    if not given and not is_there:
-        raise UserError(f'the data {data} of {run} is gone: name its new place with --data')
+    if not (given or data == 'shapes' or os.path.isdir(data) and os.listdir(data)):
+        raise UserError(f'the data {data} of {run} is gone: give its new place with --data')
     return data
 
 
@@ -142,29 +141,30 @@ def cost_of(settings: dict) -> Cost:
 # --- Images without annotations ---
 
 class ImageFiles(CocoDataset):
-    """Images without annotations: files, and the images of folders.
+    """Image files, and the images directly in folders.
 
-    Raises UserError for a path that is neither.
+    Raises UserError for any other path.
     """
 
     def __init__(self, paths, size, categories):
-        self.categories, self.transforms, self.seed, names = categories, resize_to(size), 0, []
+        self.categories, self.seed = categories, 0
+        self.transforms, names = resize_to(size), []
         for path in map(Path, paths):
-            # Systems put files such as ._a.jpg beside a.jpg.
-            found = [path] if path.is_file() else sorted(
+            # macOS puts hidden files ._a.jpg beside a.jpg.
+            files = [path] if path.is_file() else sorted(
                 x for x in path.glob('[!.]*')
                 if x.suffix.lower() in IMG_EXTENSIONS and x.is_file())
-            if not found:
+            if not files:
                 raise UserError(f'{path} is no file, and no folder with images '
                                 f'({" ".join(IMG_EXTENSIONS)})')
-            names += map(str, found)
+            names += map(str, files)
         self.images = [(i, name, None, None) for i, name in enumerate(names)]
 
     def load(self, index):
         image_id, name, *_ = self.images[index]
         image = read_image(name)
-        nothing = pixel_target(np.zeros((0, 4)), np.zeros(0, int), image.size[::-1])
-        return image, nothing, image_id, name
+        target = pixel_target(np.zeros((0, 4)), np.zeros(0, int), image.size[::-1])
+        return image, target, image_id, name
 
 
 # --- From outputs to detections ---
@@ -506,11 +506,11 @@ def save_grid(rows: list[list], path):
 def draw_samples(dataset, path):
     """Save a PNG of 8 images with boxes, as a training sees them.
 
-    They are mosaics in DenseOneToOne.
+    DenseOneToOne may combine several.
     """
     dense = (True,) * isinstance(dataset, DenseOneToOne)
     pictures, names = [], dataset.categories.names
-    for index in (dataset.dataset if dense else dataset).with_boxes[:8]:
+    for index in dataset.with_boxes[:8]:
         sample = dataset[0, index, *dense]
         labels = sample.labels.tolist()
         pictures.append(draw_boxes(as_picture(sample.image), sample.boxes, labels,
@@ -727,12 +727,12 @@ def flag(name: str, value=None) -> str:
 def check_target(name: str, path: str, ending: str):
     """Raise UserError for a file that cannot be written.
 
-    The trial leaves what is there, and no new file.
+    The check changes no file.
     """
+    if Path(path).suffix != ending:
+        raise UserError(f'{flag(name, path)}: must end in {ending}')
     try:
-        if Path(path).suffix != ending:
-            raise OSError(0, f'must end in {ending}')
-        file = Path(os.path.realpath(path))  # behind a link
+        file = Path(os.path.realpath(path))  # not the link to it
         is_new = not file.exists()
         file.open('ab').close()
         if is_new:
@@ -741,7 +741,7 @@ def check_target(name: str, path: str, ending: str):
         raise UserError(f'{flag(name, path)}: {error.strerror}') from None
 
 
-# Which flag another flag needs; all others need --weights.
+# The flag that a flag needs. All others need --weights.
 NEEDS = {'curves': 'compare', 'image': 'matches', 'picture_file': 'pictures'}
 NOT_WITH_IMAGES = {'data', 'split', 'per_class', 'unstable', 'pr_curve', 'matches'}
 TARGETS = 'save_json', 'pr_curve', 'matches', 'picture_file', 'curves'
@@ -758,7 +758,7 @@ def parse(argv=None):
     add('--weights', help='checkpoint, own or of H-Deformable-DETR')
     add('--data', help='shapes or a folder (default: as trained)')
     add('--images', nargs='+', metavar='PATH',
-        help='detect in these files and folders, without annotations')
+        help='detect in image files and folders without annotations')
     add('--split', choices=('val', 'train'),
         help='default val; after --overfit train')
     add('--image-size', type=number(int, 64, 4096), help='short side (default: as trained)')
@@ -775,7 +775,7 @@ def parse(argv=None):
         help='unstable score of the first N images (paper: 20)')
     add('--pr-curve', help='PNG for precision over recall')
     add('--pictures', type=number(int, 0, 1000),
-        help='draw N images and what is found')
+        help='draw N images and what is found (8 with --images)')
     add('--picture-file', help='PNG for --pictures (default predictions.png)')
     add('--matches', help='PNG: how four schemes match an image')
     add('--image', type=count, help='image of --matches (default 0)')
@@ -794,7 +794,7 @@ def parse(argv=None):
             parser.error(f'{flag(name, value)}: needs {flag(needs)}')
         if name in NOT_WITH_IMAGES and 'images' in given:
             parser.error(f'{flag(name, value)}: not with --images')
-    if 'pictures' in given:
+    if given.get('pictures'):
         given.setdefault('picture_file', 'predictions.png')
     defaults = dict(workers=2, group=0, image=0, device=DEVICES[-1])
     return argparse.Namespace(**args | defaults | given)
@@ -806,7 +806,8 @@ def data_to_detect(args, model, categories, settings):
     if args.images:
         columns = list(range(model.num_classes))  # official: names are unknown
         known = categories or Categories(columns, list(map(str, columns)))
-        return ImageFiles(args.images, size, known), ', '.join(args.images)
+        paths = ', '.join(args.images[:3]) + ', ..' * (len(args.images) > 3)
+        return ImageFiles(args.images, size, known), paths
     if not (args.data or settings):
         raise UserError('an official checkpoint names no data: add --data COCO')
     data = data_of(settings, args.data, args.weights)
@@ -814,10 +815,9 @@ def data_to_detect(args, model, categories, settings):
     overfit = 0 if args.split else settings.get('overfit', 0)
     split = args.split or ('train' if overfit else 'val')
     dataset = open_dataset(data, split, size, seed=settings.get('seed', 0), overfit=overfit)
-    most = np.bincount([int(row[0]) for row in dataset.rows() if not row[7]]).max()
-    if most > 100:
-        print(f'{data}: images have up to {most} objects, but AP counts only the 100 best '
-              'detections of an image')
+    if dataset.most_boxes > 100:
+        print(f'{data}: images have up to {dataset.most_boxes} objects, but AP counts only the '
+              '100 best detections of an image')
     return dataset, f'{data}, {split}'
 
 
@@ -837,14 +837,14 @@ def main(argv=None):
     ids, cost = ids_for(categories, dataset, model.num_classes), cost_of(settings)
     print(f'{args.weights}, group {args.group}, NMS {args.nms}, on {len(dataset)} images of '
           f'{origin}')
-    how = dict(batch_size=args.batch_size or settings.get('batch_size', 2),
-               workers=args.workers, group=args.group)
+    options = dict(batch_size=args.batch_size or settings.get('batch_size', 2),
+                   workers=args.workers, group=args.group)
     if args.images:
-        [rows], speed = detect(model, dataset, ids, nms=[args.nms], **how)
+        [rows], speed = detect(model, dataset, ids, nms=[args.nms], **options)
         print(f'{speed:.1f} images/s')
     else:
         metrics, by_class, rows = evaluate(model, dataset, ids, nms=args.nms, table=True,
-                                           curve=args.pr_curve, **how)
+                                           curve=args.pr_curve, **options)
         if args.unstable:
             metrics['unstable'] = unstable_score(model, dataset, ids, args.unstable, cost,
                                                  workers=args.workers)
@@ -855,8 +855,9 @@ def main(argv=None):
     if args.save_json:
         results = [{'image_id': int(i), 'category_id': int(c), 'bbox': box, 'score': score}
                    for i, *box, score, c in rows.tolist()]
-        for result in results if args.images else ():
-            result['file_name'] = dataset.images[result.pop('image_id')][1]
+        if args.images:
+            for x in results:
+                x['file_name'] = dataset.images[x.pop('image_id')][1]
         Path(args.save_json).write_text(json.dumps(results))
     if args.matches:
         draw_matches(model, dataset, ids, args.matches, args.image, cost)
@@ -865,11 +866,11 @@ def main(argv=None):
                          group=args.group)
 
 
-# A part of a RuntimeError's text: what it means to the user.
+# Part of a RuntimeError's text -> its meaning for the user.
 REASONS = {
     'gloo': 'another process is gone; its message says why',
     **dict.fromkeys(('DataLoader worker (pid', 'DataLoader timed out'),
-                    'a loading process is gone or gives nothing: is the memory or /dev/shm '
+                    'a loading process died or hangs: is the memory or /dev/shm '
                     'full? docker run --shm-size=8g, or --workers 0'),
     'compiler': '--compile needs what is named here',
     'triton': '--compile needs it',
@@ -879,7 +880,7 @@ REASONS = {
 def run_command(command):
     """Run a command; what the user can mend is one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
-        # A letter that the terminal lacks becomes its number.
+        # A letter that the terminal lacks is printed as \u1234.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
     try:

@@ -545,7 +545,7 @@ class HybridDETR(nn.Module):
         noised: denoising queries, which follow at the end of the row: their `boxes` (B,n,4) and
         `labels` (B,n), in a number of `groups`.
         Raises TooFewTokens if the images have fewer tokens than there are queries to choose.
-        In eval(), torch.export can export the model with dynamic B, H and W.
+        In eval(), torch.export allows dynamic B, H, W (Swin: dynamic B).
         """
         if group is None and not self.training:
             group = 0
@@ -685,7 +685,7 @@ class HybridDETR(nn.Module):
                 chosen.append((e, top))
                 if self.selection == 'distinct':
                     taken = taken.scatter(1, top, True)
-        # Rows `top` (B, n) of box_logits[:, e] (B, S, 4).
+        # Rows `top` (B, n) of box_logits[:, e] (B, S, 4). torch.export rejects take_along_dim.
         return [box_logits[:, e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid()
                 for e, top in chosen]
 

@@ -499,7 +499,7 @@ def open_data(settings):
     if not overfit:
         val_set = open_dataset(name, 'val', size, seed=seed)
     if train_set.most_boxes > n:
-        print(f'{name}: images have up to {train_set.most_boxes} boxes, but the detector only '
+        print(f'{name}: images have up to {train_set.most_boxes} boxes, more than the '
               f'{n} --queries')
     if difference := train_set.categories.difference(val_set.categories):
         raise UserError(f'{name}: training and validation have different categories: '
@@ -512,8 +512,8 @@ def open_data(settings):
 def conditions_of(checkpoint, folder, train_set, machine):
     """What a checkpoint keeps beside the settings.
 
-    A resumed run may have lost some images, and remembers how
-    many it began with. Raises UserError if anything else differs.
+    A resumed run may have another number of images. Its epochs
+    keep their length. Raises UserError if anything else differs.
     """
     amp, categories = machine.amp, train_set.categories
     # By default where the GPU computes in bfloat16 itself.
@@ -525,9 +525,9 @@ def conditions_of(checkpoint, folder, train_set, machine):
                   'images': len(train_set), 'processes': machine.world, 'amp': amp}
     if checkpoint:
         if difference := Categories(**checkpoint['categories']).difference(categories):
-            raise UserError(f'{folder} has other categories than the data: {difference}')
+            raise UserError(f'{folder} and data have different categories: {difference}')
         if checkpoint['images'] != len(train_set):
-            print(f'{folder} began with {checkpoint["images"]} images, and there are '
+            print(f'{folder} began with {checkpoint["images"]} images and now has '
                   f'{len(train_set)}: it no longer equals an uninterrupted run')
             conditions['images'] = checkpoint['images']
         for name in ('processes', 'amp'):
@@ -575,8 +575,8 @@ def load_initial(model, settings):
 
     Weights of --init, own or official, are taken if name and shape
     fit. A backbone is taken whole or not: half would mix two networks.
-    Raises UserError if --init lacks the part that is asked for, and
-    for weights that cannot be downloaded.
+    Raises UserError if nothing of --init fits, or not all that is to
+    be fixed, and for weights that cannot be downloaded.
     """
     path, part, taken = settings['init'], settings['init_part'], {}
     if path:
@@ -592,7 +592,7 @@ def load_initial(model, settings):
         taken = parts_of(taken, part)
         if not taken:
             raise UserError(f'--init {path}: none of its entries fits the model')
-        print(f'{path}: {len(taken)} of the {len(ours)} entries are taken, but not',
+        print(f'{path}: {len(taken)} of {len(ours)} entries are taken. Not taken:',
               *[name for name in ours if name not in taken][:8])
         missing = parts_of(model.named_parameters(), part).keys() - taken.keys()
         if missing and settings['fixed_encoder']:
@@ -610,21 +610,20 @@ def load_initial(model, settings):
 def processes():
     """-> rank, world, number of the GPU, from the variables that torchrun sets.
 
-    An empty variable counts as none. Raises UserError if several
-    processes could not find each other.
+    An empty variable counts as unset. Raises UserError if several
+    processes lack one.
     """
-    found = {name: os.environ.get(name) or default for name, default in (
-        ('WORLD_SIZE', '1'), ('RANK', ''), ('LOCAL_RANK', '0'), ('MASTER_PORT', ''),
-        ('MASTER_ADDR', ''))}
-    *numbers, address = found.values()
-    if numbers[0] == '1':
+    values = dict(WORLD_SIZE='1', RANK='', LOCAL_RANK='0', MASTER_PORT='', MASTER_ADDR='')
+    values = {name: os.environ.get(name) or default for name, default in values.items()}
+    *numbers, address = values.values()
+    if values['WORLD_SIZE'] == '1':
         return 0, 1, 0
     if address and all(map(str.isdecimal, numbers)):
         world, rank, local_rank, port = map(int, numbers)
         if rank < world and port < 65536:
             return rank, world, local_rank
-    text = ', '.join(f'{name}={value}' for name, value in found.items())
-    raise UserError(f'{text}: not as torchrun sets them')
+    text = ' '.join(f'{name}={value}' for name, value in values.items())
+    raise UserError(f'{text}: unset these, or use torchrun')
 
 
 def join_processes(model, machine):
@@ -805,8 +804,8 @@ def restore(checkpoint, model, average, optimizer):
 def read_run(folder, given):
     """-> settings and checkpoint of the run in `folder`.
 
-    Raises UserError if it is not a run, and for a flag that
-    differs from it.
+    Raises UserError if it is not a run, or if a flag other than
+    --data differs from it.
     """
     checkpoint = evaluation.read_checkpoint(folder / 'checkpoint.pt')
     with reading(folder):
@@ -850,13 +849,13 @@ INTERRUPTS = []
 def note_interrupt(number, _frame):
     """Let the step in progress end: half of one cannot be saved.
 
-    Ctrl-C after another signal ends at once. With several processes the first
-    signal does: they would stop at different steps and wait for
-    each other.
+    A later Ctrl-C ends the run at once. Several processes end at
+    the first signal: they would stop at different steps and wait
+    for each other.
     """
     INTERRUPTS.append(number)
-    is_second = number == signal.SIGINT and len(INTERRUPTS) > 1
-    if is_second or os.environ.get('WORLD_SIZE', '') not in ('', '1'):
+    is_later = number == signal.SIGINT and len(INTERRUPTS) > 1
+    if is_later or os.environ.get('WORLD_SIZE', '') not in ('', '1'):
         raise KeyboardInterrupt
 
 
