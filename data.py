@@ -637,7 +637,6 @@ class DenseOneToOne(Dataset):
         if len(dataset) < 4:
             raise UserError(f'a mosaic needs four images, and the training set has {len(dataset)}')
         self.dataset, self.categories = dataset, dataset.categories
-        self.with_boxes = dataset.with_boxes
         self.size, self.seed = size, seed
         # Objects outside the canvas are lost. Nothing else is cropped (released code).
         affine = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.5, 1.5), fill=0)

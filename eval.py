@@ -510,7 +510,7 @@ def draw_samples(dataset, path):
     """
     dense = (True,) * isinstance(dataset, DenseOneToOne)
     pictures, names = [], dataset.categories.names
-    for index in dataset.with_boxes[:8]:
+    for index in (dataset.dataset if dense else dataset).with_boxes[:8]:
         sample = dataset[0, index, *dense]
         labels = sample.labels.tolist()
         pictures.append(draw_boxes(as_picture(sample.image), sample.boxes, labels,
