@@ -541,19 +541,21 @@ class CocoFolder(CocoDataset):
         counts = np.diff(self.first_row)
         self.with_boxes, self.most_boxes = np.flatnonzero(counts).tolist(), int(counts.max())
 
-        self.report('boxes are crowds, ignored or without area, and do not train', ~usable, owner)
+        plain = table[:, 7] == 0
+        self.report('boxes are crowds or ignored, and do not train', ~plain, owner)
         files = np.array([os.path.abspath(self.folder / image[1]) for image in self.images])
         self.report('images use the file of another one', repeats(files), np.arange(len(files)))
-        owner, table = owner[usable], table[usable]
+        owner, table = owner[plain], table[plain]
         self.report('boxes repeat a box of their class and image', repeats(table[:, :6]), owner)
         # The size (see `resize_to`) at which the shorter side of a box is one pixel.
-        needed = np.maximum(image_wh.min(1), image_wh.max(1) * 800 / 1333)[usable]
-        needed /= (corners[:, 2:] - corners[:, :2])[usable].min(1)
+        needed = np.maximum(image_wh.min(1), image_wh.max(1) * 800 / 1333)
+        needed = (needed / (corners[:, 2:] - corners[:, :2]).min(1).clip(1e-6))[plain]
         small = f'boxes are below one pixel at --image-size {self.size}'
         self.report(small, needed > self.size, owner)
         if training and (needed > self.size).mean() > 0.5:
-            raise UserError(f'{self.file}: most {small}; half of all have two at --image-size '
-                            f'{32 * math.ceil(np.median(needed) / 16)}')
+            larger = 32 * math.ceil(np.median(needed) / 16)
+            hint = f'; half of all have two at --image-size {larger}' if larger < 10_000 else ''
+            raise UserError(f'{self.file}: most {small}{hint}')
 
     def report(self, text, marked, owner):
         """Print how many entries are `marked` (bool), and the image of the first."""

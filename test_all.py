@@ -1088,7 +1088,7 @@ class TestData(Close, unittest.TestCase):
         with quiet() as printed:
             dataset = data.CocoFolder(coco_folder(self.root), 'train', 40)
             few = data.CocoFolder(self.root, 'train', 40, overfit=2)
-        self.assertRegex(printed.getvalue(), r'2 of 5 boxes .*2\.png')
+        self.assertRegex(printed.getvalue(), r'1 of 5 boxes are crowds.*2\.png')
         self.assertEqual((dataset.categories.ids, dataset.with_boxes), ([1, 7, 90], [0, 2]))
         self.assertEqual([dataset[0, i].labels.tolist() for i in range(3)], [[0, 2], [], [1]])
         for images, wanted in ((dataset, {10: [1, 90], 11: [], 12: [7, 7, 7]}),
@@ -1381,10 +1381,10 @@ BAD_FILES = (  # change of the whole file, message
 
 
 DOUBTS = (  # change of the whole file, what is printed
-    (lambda c: c['annotations'][0].update(bbox=[10, 5, 0.5, 9]), r'1 of 3 .* one pixel .* 0\.png'),
-    (lambda c: c['annotations'].append(c['annotations'][1]), r'1 of 4 boxes repeat .* 0\.png'),
+    (lambda c: c['annotations'][0].update(bbox=[10, 5, 0.5, 9]), r'2 of 4 .* one pixel .* 0\.png'),
+    (lambda c: c['annotations'].append(c['annotations'][1]), r'1 of 5 boxes repeat .* 0\.png'),
     (lambda c: c['images'][2].update(file_name='./1.png'), r'1 of 3 images .* \./1\.png'),
-    (lambda c: c['annotations'][0].update(ignore=True), r'3 of 5 boxes are crowds, .* 0\.png'))
+    (lambda c: c['annotations'][0].update(ignore=True), r'2 of 5 boxes are crowds .* 0\.png'))
 
 
 class TestBadData(InFolder):
@@ -1422,7 +1422,7 @@ class TestBadData(InFolder):
     def test_annotations_that_are_handled(self):
         for box, dropped in ([20, 20, -5, 8], 3), ([50, 30, 30, 30], 2), ([90, 90, 10, 10], 3):
             samples, printed = self.open(lambda c: c['annotations'][0].update(bbox=box))
-            self.assertIn(f'{dropped} of 5 boxes', printed)
+            self.assertIn(f'{dropped - 1} of 4 boxes', printed)
             boxes = box_convert(torch.cat([x.boxes for x in samples]), 'cxcywh', 'xyxy')
             self.assertEqual(len(boxes), 5 - dropped)
             self.assertTrue(-1e-6 < boxes.min() and boxes.max() < 1 + 1e-6, 'cut at the border')
