@@ -587,11 +587,6 @@ def open_dataset(name, split, size, training=False, vertical_flip=False, seed=0,
 
 
 # --- Dense one-to-one: more objects per image ---
-#
-#                      DEIM's slides  released code          here
-# images of a mosaic   4 different    drawn independently    4 different
-# partner in mixup     any image      image before in batch  any image, drawn for each item
-# beta of mixup        0.5            0.45..0.55             0.5
 
 def mosaic(images: list[Image.Image], targets: list[dict], size):
     """Place four images with their targets in a 2 x 2 grid on black (DEIM slides).

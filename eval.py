@@ -806,8 +806,7 @@ def data_to_detect(args, model, categories, settings):
     if args.images:
         columns = list(range(model.num_classes))  # official: names are unknown
         known = categories or Categories(columns, list(map(str, columns)))
-        paths = ', '.join(args.images[:3]) + ', ..' * (len(args.images) > 3)
-        return ImageFiles(args.images, size, known), paths
+        return ImageFiles(args.images, size, known), ' '.join(args.images)[:200]
     if not (args.data or settings):
         raise UserError('an official checkpoint names no data: add --data COCO')
     data = data_of(settings, args.data, args.weights)
