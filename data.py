@@ -465,7 +465,7 @@ class CocoFolder(CocoDataset):
 
     Boxes are cut at the border of their image for training. Crowds, ignored boxes and boxes
     without area do not train. The evaluation has all boxes; ignored boxes are crowds there.
-    overfit: keep only the first N images that have boxes to learn, unaugmented (0: all).
+    training, overfit: see `open_dataset`
     """
 
     def __init__(self, root, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
@@ -502,7 +502,9 @@ class CocoFolder(CocoDataset):
             check_sides(f'{self.file}: the image {name!r}', width, height)
 
     def keep_boxes(self, annotations, overfit, training):
-        """Store A annotations as arrays, sorted by image. T of them train.
+        """Store A annotations as arrays, sorted by image. T of them train. Report doubts.
+
+        Raises UserError for boxes that cannot be meant, and in training if most are too small.
 
         table (A, 8): see `rows`
         corners (T, 4), labels (T,): first_row[i] up to first_row[i + 1] belong to image i
@@ -579,7 +581,10 @@ class CocoFolder(CocoDataset):
 
 
 def open_dataset(name, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
-    """Open 'shapes' or a folder. The split is 'train' or 'val'. training: augment."""
+    """Open 'shapes' or a folder: a data set. The split is 'train' or 'val'.
+
+    training: augment. overfit: keep the first N images with boxes, unaugmented (0: all).
+    """
     if name == 'shapes':
         length = 8000 if split == 'train' else 500
         return ShapesDataset(split, min(length, overfit or length), size, seed)

@@ -685,7 +685,7 @@ class HybridDETR(nn.Module):
                 chosen.append((e, top))
                 if self.selection == 'distinct':
                     taken = taken.scatter(1, top, True)
-        # Rows `top` (B, n) of box_logits[:, e] (B, S, 4). torch.export rejects take_along_dim.
+        # Rows `top` (B, n) of box_logits[:, e] (B, S, 4). In take_along_dim, torch.export fixes B.
         return [box_logits[:, e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid()
                 for e, top in chosen]
 
