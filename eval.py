@@ -7,7 +7,7 @@
     python eval.py --compare runs/a-1 runs/a-2 runs/b-1 --curves ap.png
 
 Read `detections`, `detect`, `average_precision` and `evaluate` first.
-Every other function is a measure or a picture of its own.
+Every other function stands alone.
 
 Letters as in matchers.py. A `model` is a HybridDETR, a `dataset` is one
 of data.py, `ids` are the category ids of the model's class columns.
@@ -36,11 +36,9 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 from data import (IMAGENET_MEAN, IMAGENET_STD, Categories, CocoDataset, DenseOneToOne,
-                  UserError, collate, open_dataset, pixel_target, read_image, resize_to,
-                  val_loader)
+                  UserError, collate, open_dataset, pixel_target, read_image, resize_to, val_loader)
 from hybrid_detr import HybridDETR, Outputs, TooFewTokens, from_official
-from matchers import (Cost, assign, class_scores, encoder_groups, match, matching_cost,
-                      query_groups)
+from matchers import (Cost, QueryGroup, assign, class_scores, match, matching_cost, query_groups)
 
 try:
     import resource
@@ -65,9 +63,8 @@ def read_checkpoint(path: str) -> dict:
         # Official files hold their settings in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
-        content['model'] = {name.removeprefix('module.'): x
-                            for name, x in content['model'].items()}
-        broken = [name for name, x in content['model'].items() if not x.isfinite().all()]
+        model = {name.removeprefix('module.'): x for name, x in content['model'].items()}
+        broken = [name for name, x in model.items() if not x.isfinite().all()]
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
     except Exception as error:
@@ -75,7 +72,7 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f'{path} is no readable checkpoint ({type(error).__name__})') from None
     if broken:
         raise UserError(f'{path} holds a model that diverged: {broken[0]} is not finite')
-    return content
+    return content | {'model': model}
 
 
 def load_detector(path: str):
@@ -102,18 +99,18 @@ def load_detector(path: str):
         raise UserError(f'{path} does not fit: {reason}') from None
 
 
-def ids_for(model_categories, dataset, columns: int) -> list[int]:
+def ids_for(categories, dataset, columns: int) -> list[int]:
     """Return the category id of every class column.
 
     Raises UserError if model and data have different categories.
     """
-    known, wanted = model_categories, dataset.categories
-    if known is None:
+    wanted = dataset.categories
+    if categories is None:
         # Official: column c is COCO's raw id c. Column 0 and the gaps are unused.
         if max(wanted.ids) >= columns:
             raise UserError(f'the data has category ids above {columns - 1}, the last column')
         return list(range(columns))
-    if difference := known.difference(wanted):
+    if difference := categories.difference(wanted):
         raise UserError(f'checkpoint and data have different categories: {difference}')
     return wanted.ids
 
@@ -186,7 +183,7 @@ def detections(outputs: Outputs, sizes: list, top=100, nms=None, softmax=False):
     scores, flat = probability.flatten(1).topk(k, 1)  # (B, k)
     query, columns = flat // C, flat % C  # flat = query * C + column
     boxes = box_convert(outputs.pred_boxes[-1].float(), 'cxcywh', 'xyxy')  # (B, N, 4)
-    boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))  # (B, k, 4)
+    boxes = boxes.take_along_dim(query[..., None], 1)  # (B, k, 4)
     scale = torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device)
     kept = []
     for s, c, b in zip(scores, columns, boxes * scale[:, None]):
@@ -272,10 +269,7 @@ def one_line(metrics: dict):
 
 
 def peak_memory(device):
-    """Return the most memory so far in GB, of the GPU or of this process.
-
-    None if the system does not tell.
-    """
+    """Return the peak memory of the GPU or this process in GB, None if unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes
@@ -316,9 +310,9 @@ def coco_evaluation(coco_json: dict, rows, only_ap=False):
     return coco_eval, coco_eval.eval['precision'][:, :, :, 0, -1]
 
 
-def mean_precision(precision, otherwise=-1.0):
-    """Average precisions. A class without ground truth has -1."""
-    known = precision[precision > -1]
+def mean_known(numbers, otherwise=-1.0):
+    """Average the numbers that are known: neither -1 nor nan."""
+    known = numbers[numbers > -1]
     return float(known.mean()) if known.size else otherwise
 
 
@@ -327,13 +321,12 @@ def average_precision(coco_json: dict, rows, table=False, curve=None):
 
     The names are METRICS, oLRP and its parts. Without ground truth a
     number is -1 (COCO's convention), and the AP of a class is nan.
-    table=True prints the numbers.
-    curve: PNG for precision over recall.
+    table=True prints the numbers. curve: PNG for precision over recall.
     """
     coco_eval, precision = coco_evaluation(coco_json, rows)
     with contextlib.redirect_stdout(io.StringIO()) as summary:
         coco_eval.summarize()
-    by_class = {category_id: mean_precision(precision[..., k], math.nan)
+    by_class = {category_id: mean_known(precision[..., k], math.nan)
                 for k, category_id in enumerate(coco_eval.params.catIds)}
     errors = optimal_lrp(coco_eval)
     if table:
@@ -355,13 +348,11 @@ def optimal_lrp(coco_eval) -> dict:
     the mean over the classes with ground truth, or -1. A class whose best
     s keeps no detection has oLRP = FN = 1, and no Loc and FP.
     """
-    params, parts = coco_eval.params, []
-    images = len(params.imgIds)
-    for k in range(len(params.catIds)):
-        # evalImgs is ordered by class, area range and image.
-        of_class = coco_eval.evalImgs[k * len(params.areaRng) * images:]
-        results = [r for r in of_class[:images] if r]
-        targets = sum(int((r['gtIgnore'] == 0).sum()) for r in results)
+    parts = []
+    # evalImgs is ordered by class, area range and image.
+    for of_class in np.reshape(coco_eval.evalImgs, (len(coco_eval.params.catIds), 4, -1))[:, 0]:
+        results = [r for r in of_class if r]
+        targets = sum((r['gtIgnore'] == 0).sum() for r in results)
         if not targets:
             continue
         # (score, 1 for a TP, 1 - IoU); the first keeps no detection.
@@ -386,8 +377,7 @@ def optimal_lrp(coco_eval) -> dict:
             curves = np.stack([lrp, error / tp, fp / (tp + fp), fn / targets])
         parts.append(curves[:, lrp.argmin()])
     names = 'oLRP', 'oLRP_Loc', 'oLRP_FP', 'oLRP_FN'
-    return {name: float(np.nanmean(column)) if not np.isnan(column).all() else -1.0
-            for name, column in zip(names, np.reshape(parts, (-1, 4)).T)}
+    return dict(zip(names, map(mean_known, np.reshape(parts, (-1, 4)).T)))
 
 
 def inference_gflops(model, dataset, group):
@@ -409,9 +399,8 @@ def evaluate(model, dataset, ids, *, batch_size, workers, nms=None, group=0, tab
              curve=None):
     """Detect and measure -> {name: number}, {category id: AP}, rows.
 
-    The numbers are those of `average_precision`, duplicates, AP_nms
-    (after NMS at NMS_IOU), parameters (millions), gflops, and
-    inference_images_per_second.
+    The numbers are those of `average_precision` and five more.
+    `parameters` counts millions.
     Under torchrun only the first process has numbers, others {}.
     """
     (rows, nms_rows), speed = detect(model, dataset, ids, batch_size=batch_size,
@@ -421,10 +410,10 @@ def evaluate(model, dataset, ids, *, batch_size, workers, nms=None, group=0, tab
     coco_json = dataset.coco_json()
     metrics, by_class = average_precision(coco_json, rows, table, curve)
     _, precision = coco_evaluation(coco_json, nms_rows, only_ap=True)
-    metrics |= dict(duplicates=duplicate_rate(rows), AP_nms=mean_precision(precision),
-                    parameters=sum(p.numel() for p in model.parameters()) / 1e6,
-                    gflops=inference_gflops(model, dataset, group),
-                    inference_images_per_second=speed)
+    metrics |= dict(
+        duplicates=duplicate_rate(rows), AP_nms=mean_known(precision),
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        gflops=inference_gflops(model, dataset, group), inference_images_per_second=speed)
     return metrics, by_class, rows
 
 
@@ -434,12 +423,12 @@ def columns_of(dataset, ids):
 
 
 def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=1, workers=0):
-    """Return for each decoder layer how many % of the objects change their query.
+    """Return for each decoder layer the % of objects that change their query.
 
-    Stable-DINO §2.4.3, Fig. 3: an object of the first n_images is matched
-    to another query than in the layer before. Before layer 1 comes the
-    encoder, whose proposal i is the start of query i. The first group is
-    matched one-to-one, and its proposals with all labels 0.
+    The first n_images count (Stable-DINO §2.4.3, Fig. 3).
+    Before layer 1 comes the encoder, whose proposal i is the start of
+    query i. A one-stage model starts with layer 2 instead.
+    The first group is matched one-to-one, its proposals with all labels 0.
     """
     changed, objects = 0, 0  # changed becomes (L,)
     with evaluating(model) as device:
@@ -449,16 +438,17 @@ def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=
             outputs = predict(model, batch)
             L, _, n, _ = outputs.pred_logits.shape
             # The proposals of the queries, as in `HybridDETR.select`.
-            chosen = outputs.encoder_logits[..., 0].topk(n).indices[..., None]  # (1, B, n, 1)
-            proposals = [x.gather(2, chosen.expand(-1, -1, -1, x.shape[3])) for x in outputs[2:]]
-            groups = query_groups('one2one', L, n=n)
+            k = min(n, outputs.encoder_logits.shape[2])  # one-stage: 0
+            chosen = outputs.encoder_logits[..., 0].topk(k).indices[..., None]  # (1, B, n, 1)
+            proposals = [x.take_along_dim(chosen, 2) for x in outputs[2:]]
             labels = [columns[x] for x in batch.gt_labels]
             decoder, encoder = match(*outputs[:2], *proposals, labels, batch.gt_boxes,
-                                     groups, encoder_groups(groups, 1, n), cost)
+                                     [QueryGroup(n, (1,) * L)], [QueryGroup(k, (1,))], cost)
             # (L + 1, objects), the encoder first; -1 without a query.
             query = torch.full((L + 1, sum(map(len, labels))), -1, device=device)
             query[0, encoder.gt] = encoder.query
             query[decoder.layer + 1, decoder.gt] = decoder.query
+            query = query[k == 0:]
             changed = changed + (query[1:] != query[:-1]).sum(1)
             objects += query.shape[1]
     return (100 * changed / objects).tolist() if objects else []
@@ -470,17 +460,11 @@ def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
 
-def as_picture(image):
-    """Undo `data.normalise`: float (3,H,W) -> uint8 (3,H,W)."""
+def draw_boxes(image, boxes, labels: list[int], texts: list):
+    """Draw boxes (M,4), as fractions, and texts on an image -> uint8 (3,H,W)."""
+    # Undo `data.normalise`.
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return to_dtype((image.cpu() * std + mean).clamp(0, 1), torch.uint8, scale=True)
-
-
-def draw_boxes(picture, boxes, labels: list[int], texts: list):
-    """Draw boxes (M,4), as fractions, and texts on a uint8 picture (3,H,W).
-
-    The picture is enlarged to a short side of at least 384.
-    """
+    picture = to_dtype((image.cpu() * std + mean).clamp(0, 1), torch.uint8, scale=True)
     scale = max(1, math.ceil(384 / min(picture.shape[1:])))
     picture = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if not len(boxes):
@@ -493,29 +477,26 @@ def draw_boxes(picture, boxes, labels: list[int], texts: list):
                                label_colors='white', label_background_colors=colours)
 
 
-def save_grid(rows: list[list], path):
-    """Save rows of uint8 pictures (3,H,W) as one PNG."""
-    height, width = (max(x.shape[d] for row in rows for x in row) + 8 for d in (1, 2))
-    grid = Image.new('RGB', (width * max(map(len, rows)), height * len(rows)), 'white')
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            grid.paste(to_pil_image(picture), (j * width, i * height))
+def save_grid(pictures: list, columns, path):
+    """Save uint8 pictures (3,H,W) as one PNG, row by row."""
+    height, width = (max(x.shape[d] for x in pictures) + 8 for d in (1, 2))
+    size = width * min(columns, len(pictures)), height * math.ceil(len(pictures) / columns)
+    grid = Image.new('RGB', size, 'white')
+    for i, picture in enumerate(pictures):
+        grid.paste(to_pil_image(picture), (i % columns * width, i // columns * height))
     grid.save(path)
 
 
 def draw_samples(dataset, path):
-    """Save a PNG of 8 images with boxes, as a training sees them.
-
-    DenseOneToOne may combine several.
-    """
+    """Save a PNG of 8 images with boxes, as a training sees them."""
     dense = (True,) * isinstance(dataset, DenseOneToOne)
     pictures, names = [], dataset.categories.names
     for index in (dataset.dataset if dense else dataset).with_boxes[:8]:
         sample = dataset[0, index, *dense]
         labels = sample.labels.tolist()
-        pictures.append(draw_boxes(as_picture(sample.image), sample.boxes, labels,
-                                   [names[label] for label in labels]))
-    save_grid([row for row in (pictures[:4], pictures[4:]) if row], path)
+        texts = [names[label] for label in labels]
+        pictures.append(draw_boxes(sample.image, sample.boxes, labels, texts))
+    save_grid(pictures, 4, path)
 
 
 def draw_predictions(model, dataset, ids, path, n_images=4, threshold=0.3, nms=None, group=0):
@@ -523,7 +504,7 @@ def draw_predictions(model, dataset, ids, path, n_images=4, threshold=0.3, nms=N
 
     Each of the first n_images is a row, and a class keeps its colour.
     """
-    rows, known = [], dataset.categories
+    pictures, known = [], dataset.categories
     names = dict(zip(known.ids, known.names))
     with evaluating(model) as device:
         for batch in val_loader(dataset, 1, 0, n=n_images):
@@ -535,44 +516,59 @@ def draw_predictions(model, dataset, ids, path, n_images=4, threshold=0.3, nms=N
             # An official column may be no category.
             texts = [f'{names.get(i, i)} {s:.2f}' for i, s in zip(predicted, scores)]
             boxes = box_convert(boxes, 'xyxy', 'cxcywh')
-            picture = as_picture(batch.images[0])
             true = [known.ids[label] for label in batch.gt_labels[0].tolist()]
-            rows.append([draw_boxes(picture, batch.gt_boxes[0], true, [names[i] for i in true]),
-                         draw_boxes(picture, boxes, predicted, texts)])
-    save_grid(rows, path)
+            image, gt_boxes = batch.images[0], batch.gt_boxes[0]
+            pictures += [draw_boxes(image, gt_boxes, true, [names[i] for i in true]),
+                         draw_boxes(image, boxes, predicted, texts)]
+    save_grid(pictures, 2, path)
 
 
 def draw_matches(model, dataset, ids, path, index, cost=Cost()):
     """Save a PNG of one image: how four schemes match the same predictions.
 
-    These are the first group's in its last layer. Objects are orange.
-    A matched query has its object's number and its group's colour.
+    The predictions are the first group's in its last layer. Objects are
+    orange. A matched query has its object's number and its group's colour.
+    A one-stage model with groups has a panel for each of 4 objects, with
+    its queries in all groups and their reference points as dots (Group
+    DETR Fig. 3).
     Raises UserError for fewer than 1 object or 4 queries.
     """
     batch = collate([dataset[0, index]])
     gt_boxes, = batch.gt_boxes
-    M = len(gt_boxes)
+    M, N = len(gt_boxes), model.groups[0]
+    if not M or N < 4:
+        raise UserError(f'--matches needs 1 object and 4 queries: there are {M} and {N}')
+    own = [QueryGroup(n, (1,)) for n in model.groups[:1 if model.two_stage else None]]
+    if len(own) > 1:
+        panels = [(f'object {m} in each group', own, [m]) for m in range(M)[:4]]
+    else:
+        n = N // 4
+        schemes = dict(one2one=dict(n=N), one2many=dict(n=N, K=3),
+                       branch=dict(n=n, T=N - n, K=3), group=dict(n=n, G=4))
+        panels = [(' '.join([scheme, *map(flag, numbers, numbers.values())]),
+                   query_groups(scheme, 1, **numbers), range(M))
+                  for scheme, numbers in schemes.items()]
     with evaluating(model) as device:
-        outputs = predict(model, batch.to(device))
-        logits, boxes = outputs.pred_logits[-1:, 0], outputs.pred_boxes[-1:, 0]
-        N = boxes.shape[1]
-        if not M or N < 4:
-            raise UserError(f'--matches needs 1 object and 4 queries: there are {M} and {N}')
+        outputs = [predict(model, batch.to(device), group) for group in range(len(own))]
+        logits, boxes, *_ = (torch.cat(x, 2)[-1:, 0] for x in zip(*outputs))  # (1, N, .)
         labels = columns_of(dataset, ids)[batch.gt_labels[0]].to(device)
-        cost = matching_cost(logits, boxes, labels, gt_boxes.to(device), cost)  # (1, N, M)
-    frame, panels, n = torch.tensor([[0.5, 0.5, 1, 1]]), [], N // 4
-    for scheme, numbers in (('one2one', dict(n=N)), ('one2many', dict(n=N, K=3)),
-                            ('branch', dict(n=n, T=N - n, K=3)), ('group', dict(n=n, G=4))):
-        groups = query_groups(scheme, 1, **numbers)
+        cost = matching_cost(logits, boxes, labels, gt_boxes.to(device), cost).cpu()  # (1, N, M)
+        if len(own) > 1:
+            points = model.reference_points(model.query_embed.chunk(2, 1)[0]).sigmoid()
+            dots = torch.cat([points, torch.full_like(points, 0.02)], 1)
+            boxes = torch.cat([boxes, dots[None]])  # (2, N, 4)
+    frame, pictures = torch.tensor([[0.5, 0.5, 1, 1]]), []
+    for title, groups, objects in panels:
         group_of = [g for g, group in enumerate(groups) for _ in range(group.queries)]
-        matches = assign([cost.cpu()], groups)
-        # The objects, the matched queries, and a black frame with a title.
-        colours = [4] * M + [group_of[query] for query in matches.query] + [6]
-        title = ' '.join([scheme, *(flag(*item) for item in numbers.items())])
-        texts = [*map(str, [*range(M), *matches.gt.tolist()]), title]
-        shown = torch.cat([gt_boxes, boxes[0].cpu()[matches.query], frame])
-        panels.append(draw_boxes(as_picture(batch.images[0]), shown, colours, texts))
-    save_grid([panels[:2], panels[2:]], path)
+        matches = assign([cost], groups)
+        kept = torch.isin(matches.gt, torch.tensor(objects))
+        queries, gt = matches.query[kept], matches.gt[kept].tolist()
+        # The objects, the matched queries, their dots, a frame with a title.
+        shown = torch.cat([gt_boxes, *boxes.cpu()[:, queries], frame])
+        colours = [4] * M + [group_of[q] for q in queries] * len(boxes) + [6]
+        texts = [*map(str, [*range(M), *gt]), *[''] * len(gt) * (len(boxes) - 1), title]
+        pictures.append(draw_boxes(batch.images[0], shown, colours, texts))
+    save_grid(pictures, 2, path)
 
 
 def line_chart(lines: dict, names, path):
@@ -582,12 +578,13 @@ def line_chart(lines: dict, names, path):
     """
     right = max(max(x) for x, *_ in lines.values())
     highest = max(max(map(max, ys)) for _, *ys in lines.values()) or 1
-    top, bottom = 110 + 50 * len(lines), 1060 + 50 * len(lines)  # below the legend
+    top = 110 + 50 * len(lines)  # below the legend
+    bottom = top + 950
     # The picture is halved at the end, for smooth lines.
     image = Image.new('RGB', (1600, bottom + 140), 'white')
     pen, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.load_default(40)
     for tick in np.linspace(0, 1, 6):
-        x, y = 150 + 1410 * tick, bottom + (top - bottom) * tick
+        x, y = 150 + 1410 * tick, bottom - 950 * tick
         pen.line((x, top, x, bottom), '#DDDDDD', 2)
         pen.text((x, bottom + 50), f'{tick * right:.4g}', 'black', font, 'ms')
         pen.line((150, y, 1560, y), '#DDDDDD', 2)
@@ -597,7 +594,7 @@ def line_chart(lines: dict, names, path):
     for i, (text, (x, *ys)) in enumerate(lines.items()):
         colour, height = COLOURS[i % len(COLOURS)], 40 + 50 * i
         across = 150 + 1410 * np.array(x) / right
-        points, *edges = (list(zip(across, bottom + (top - bottom) * y / highest)) for y in ys)
+        points, *edges = (list(zip(across, bottom - 950 * y / highest)) for y in ys)
         if edges:
             pen.polygon(edges[0] + edges[1][::-1], colour + '40', colour, 2)
         pen.line(points, colour, 8, 'curve')
@@ -650,8 +647,8 @@ def compare(folders: list[str], picture=None):
     The folders NAME-1, NAME-2, ... are seeds of NAME, which is one row and
     one line: mean, and lowest to highest. memory_gb is the peak before the
     first evaluation.
-    Raises UserError for a folder without an evaluation, and for seeds that
-    were evaluated at different steps.
+    Raises UserError for a folder without an evaluation, and for seeds
+    with different steps.
     """
     seeds, lines = {}, {}
     for folder in dict.fromkeys(map(Path, folders)):
@@ -665,8 +662,7 @@ def compare(folders: list[str], picture=None):
             numbers[key] = summary([r[key] for r in records if r.get(key)] or [-1])
         name = re.sub(r'-\d+$', '', str(folder))
         seeds.setdefault(name, []).append((evaluations, numbers))
-    table = [['mean (lowest-highest)', 'seeds', 'steps', *COLUMNS],
-             ['---'] * (3 + len(COLUMNS))]
+    table = [['mean (lowest-highest)', 'seeds', 'steps', *COLUMNS], ['---'] * (3 + len(COLUMNS))]
     for name, runs in seeds.items():
         evaluations, numbers = zip(*runs)
         steps = [[record['step'] for record in records] for records in evaluations]
@@ -725,10 +721,7 @@ def flag(name: str, value=None) -> str:
 
 
 def check_target(name: str, path: str, ending: str):
-    """Raise UserError for a file that cannot be written.
-
-    The check changes no file.
-    """
+    """Raise UserError for a file that cannot be written. Change no file."""
     if Path(path).suffix != ending:
         raise UserError(f'{flag(name, path)}: must end in {ending}')
     try:
@@ -759,11 +752,9 @@ def parse(argv=None):
     add('--data', help='shapes or a folder (default: as trained)')
     add('--images', nargs='+', metavar='PATH',
         help='detect in image files and folders without annotations')
-    add('--split', choices=('val', 'train'),
-        help='default val; after --overfit train')
+    add('--split', choices=('val', 'train'), help='default val; after --overfit train')
     add('--image-size', type=number(int, 64, 4096), help='short side (default: as trained)')
-    add('--batch-size', type=number(int, 1, 4096),
-        help='images at a time (default: as trained)')
+    add('--batch-size', type=number(int, 1, 4096), help='images at a time (default: as trained)')
     add('--workers', type=number(int, 0, 256), help='loading processes (default 2)')
     add('--device', choices=DEVICES, help=f'default {DEVICES[-1]}')
     add('--group', type=count, help='query group (default 0)')
@@ -771,13 +762,12 @@ def parse(argv=None):
         help='IoU at which a better box of its class removes a box')
     add('--per-class', action='store_const', const=True, help='AP of each class')
     add('--save-json', help="file for detections in COCO's results format")
-    add('--unstable', type=count,
-        help='unstable score of the first N images (paper: 20)')
+    add('--unstable', type=count, help='unstable score of the first N images (paper: 20)')
     add('--pr-curve', help='PNG for precision over recall')
     add('--pictures', type=number(int, 0, 1000),
         help='draw N images and what is found (8 with --images)')
     add('--picture-file', help='PNG for --pictures (default predictions.png)')
-    add('--matches', help='PNG: how four schemes match an image')
+    add('--matches', help='PNG: how four schemes, or all one-stage groups, match an image')
     add('--image', type=count, help='image of --matches (default 0)')
     add('--compare', nargs='+', metavar='RUN',
         help='print a table of runs; NAME-1, NAME-2, .. are one row')
@@ -790,7 +780,7 @@ def parse(argv=None):
         parser.error('give either --weights FILE or --compare RUN..')
     for name, value in given.items():
         needs = NEEDS.get(name, 'weights')
-        if name not in ('weights', 'compare') and needs not in given:
+        if name != 'compare' and needs not in given:
             parser.error(f'{flag(name, value)}: needs {flag(needs)}')
         if name in NOT_WITH_IMAGES and 'images' in given:
             parser.error(f'{flag(name, value)}: not with --images')
@@ -804,8 +794,8 @@ def data_to_detect(args, model, categories, settings):
     """Open what the command line names -> the data set, its name."""
     size = args.image_size or settings.get('image_size', 800)
     if args.images:
-        columns = list(range(model.num_classes))  # official: names are unknown
-        known = categories or Categories(columns, list(map(str, columns)))
+        columns = range(model.num_classes)  # official: names are unknown
+        known = categories or Categories(columns, [*map(str, columns)])
         return ImageFiles(args.images, size, known), ' '.join(args.images)[:200]
     if not (args.data or settings):
         raise UserError('an official checkpoint names no data: add --data COCO')
@@ -831,8 +821,8 @@ def main(argv=None):
     model.to(args.device)
     dataset, origin = data_to_detect(args, model, categories, settings)
     for name, n in (('group', len(model.groups)), ('image', len(dataset))):
-        if vars(args)[name] >= n:
-            raise UserError(f'--{name} {vars(args)[name]}: there are {n}, from 0 on')
+        if (i := vars(args)[name]) >= n:
+            raise UserError(f'--{name} {i}: there are {n}, from 0 on')
     ids, cost = ids_for(categories, dataset, model.num_classes), cost_of(settings)
     print(f'{args.weights}, group {args.group}, NMS {args.nms}, on {len(dataset)} images of '
           f'{origin}')

@@ -1,7 +1,8 @@
-"""The detector of the papers: two-stage Deformable DETR with a query row that is cut into groups.
+"""The detector of the papers: Deformable DETR with a query row that is cut into groups.
 
     image -> backbone -> pyramid of V levels, flattened to S tokens -> encoder
           -> every token proposes a box; the best proposals become the N queries
+             (one-stage: learned queries)
           -> decoder -> a box and C class scores per query
 
 Queries of different groups do not see each other. Training runs all groups, and inference only
@@ -423,9 +424,11 @@ def clones(module: nn.Module, n: int) -> nn.ModuleList:
 # --- The detector ---
 
 class HybridDETR(nn.Module):
-    """Two-stage Deformable DETR on a query row that is cut into groups.
+    """Deformable DETR on a query row that is cut into groups.
 
     groups: queries of each group. H-DETR's hybrid branch has (300, 1500), Group DETR (300,) * 11.
+    two_stage=False: position code and content of a query are learned. A linear layer turns the code
+        into the point where the query starts (Deformable DETR §4.1). Nothing proposes or selects.
     selection: 'ranks' has one pair of encoder heads, 'heads' and 'distinct' have one per group; see
         `select`.
     separate_attention=False: all groups of a training step see each other (Group DETR Table 7 c).
@@ -444,14 +447,15 @@ class HybridDETR(nn.Module):
                  heads: int = 8, encoder_layers: int = 6, decoder_layers: int = 6, ffn: int = 2048,
                  points: int = 4, levels: int = 4, dropout: float = 0.0,
                  mixed_selection: bool = True, look_forward_twice: bool = True,
-                 selection: str = 'ranks', separate_attention: bool = True, fusion: str = 'none',
-                 denoising: bool = False, softmax: bool = False):
+                 two_stage: bool = True, selection: str = 'ranks', separate_attention: bool = True,
+                 fusion: str = 'none', denoising: bool = False, softmax: bool = False):
         super().__init__()
         if selection not in ('ranks', 'heads', 'distinct'):
             raise ValueError(f'unknown selection {selection!r}: use ranks, heads or distinct')
         if fusion not in ('none', 'simple', 'ulike', 'dense'):
             raise ValueError(f'unknown fusion {fusion!r}: use none, simple, ulike or dense')
         self.groups, self.selection, self.fusion = tuple(groups), selection, fusion
+        self.two_stage = two_stage
         self.num_classes, self.softmax, self.checkpoint_activations = num_classes, softmax, False
         self.look_forward_twice = look_forward_twice
         self.separate_attention = separate_attention
@@ -478,12 +482,18 @@ class HybridDETR(nn.Module):
             nn.Sequential(nn.Linear(maps * width, width), nn.LayerNorm(width))
             for maps in joined[fusion])
         self.decoder = clones(DecoderLayer(*layer), decoder_layers)
-        self.proposal_proj = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
-        self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width),
-                                           nn.LayerNorm(2 * width))
-        self.query_content = None
-        if mixed_selection:
-            self.query_content = nn.Parameter(torch.empty(sum(groups), width))
+        # Learned of each query: the content; in one stage the position code, then the content.
+        self.query_embed = None
+        if mixed_selection or not two_stage:
+            numbers = width if two_stage else 2 * width
+            self.query_embed = nn.Parameter(torch.empty(sum(groups), numbers))
+        if two_stage:
+            self.proposal_proj = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        else:
+            self.reference_points = nn.Linear(width, 2)
+        if two_stage or denoising:
+            self.position_proj = nn.Sequential(nn.Linear(2 * width, 2 * width),
+                                               nn.LayerNorm(2 * width))
         self.denoising_content = None
         if denoising:
             # The content of a denoising query is its class. The last row, zero, is for empty slots.
@@ -495,9 +505,10 @@ class HybridDETR(nn.Module):
         decoder_class_head = nn.Linear(width, num_classes + 1) if softmax else class_head
         self.class_heads = clones(decoder_class_head, decoder_layers)
         self.box_heads = clones(box_head, decoder_layers)
-        encoder_heads = 1 if selection == 'ranks' else len(groups)
-        self.encoder_class_heads = clones(class_head, encoder_heads)
-        self.encoder_box_heads = clones(box_head, encoder_heads)
+        self.encoder_heads = 1 if selection == 'ranks' else len(groups)  # E
+        heads = self.encoder_heads if two_stage else 0
+        self.encoder_class_heads = clones(class_head, heads)
+        self.encoder_box_heads = clones(box_head, heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -507,10 +518,10 @@ class HybridDETR(nn.Module):
         would otherwise dominate. The heads start with unmoved boxes, so that the first predictions
         are the proposals.
         """
-        for module in (self.encoder, self.decoder, self.proposal_proj, self.position_proj):
-            for parameter in module.parameters():
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
+        transformer = 'encoder.', 'decoder.', 'proposal_proj', 'position_proj', 'reference_points'
+        for name, parameter in self.named_parameters():
+            if name.startswith(transformer) and parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
         for module in self.modules():
             if isinstance(module, DeformableAttention):
                 module.reset_parameters()
@@ -521,8 +532,8 @@ class HybridDETR(nn.Module):
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
         nn.init.normal_(self.level_embed)
-        if self.query_content is not None:
-            nn.init.normal_(self.query_content)
+        if self.query_embed is not None:
+            nn.init.normal_(self.query_embed)
         # Encoder heads see the same tokens and targets in Group DETR, so equal heads would stay
         # equal. All but the first are drawn anew. Decoder heads see different layers.
         for head in (*self.encoder_class_heads[1:], *self.encoder_box_heads[1:]):
@@ -536,6 +547,10 @@ class HybridDETR(nn.Module):
         for head in (*self.box_heads, *self.encoder_box_heads):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
+        if not self.two_stage:
+            # Nothing proposes a size: it starts at sigmoid(-2) = 0.12 of the image.
+            nn.init.zeros_(self.reference_points.bias)
+            nn.init.constant_(self.box_heads[0][-1].bias[2:], -2.0)
 
     def forward(self, images: Tensor, padding_mask: Tensor, group: int | None = None,
                 noised=None) -> Outputs:
@@ -554,28 +569,35 @@ class HybridDETR(nn.Module):
         where = geometry(padding_mask, shapes, self.level_embed)
         tokens = self.encode(tokens, where)
 
-        # The first stage chooses the queries. All groups up to `group` propose, because its
-        # proposals may be those that earlier groups leave.
-        sizes = self.groups if group is None else self.groups[:group + 1]
-        encoder_logits, box_logits = self.propose(tokens, where, len(sizes))  # (B, E, S, .)
-        chosen = self.select(encoder_logits, box_logits, sizes)  # (B, n, 4) per group
-        end = sum(sizes)
-        if group is not None:
-            chosen, sizes = chosen[-1:], sizes[-1:]
-        matching = sum(sizes)  # queries without denoising queries
-        boxes = torch.cat(chosen if noised is None else [*chosen, noised.boxes], 1)  # (B, N, 4)
-        # Each number of a box becomes D/2 sines and cosines, (B, N, 2D) together. Their projection
-        # says where a query looks (position) and what it asks for (content).
-        code = sine_code(boxes, tokens.shape[-1] // 2)
-        position, content = self.position_proj(code).chunk(2, -1)  # (B, N, D)
-        content = content[:, :matching]
-        if self.query_content is not None:
+        # Every query gets a box, a position code and a content. All groups up to `group` propose,
+        # because its proposals may be those that earlier groups leave.
+        proposing = self.groups if group is None else self.groups[:group + 1]
+        sizes = proposing if group is None else proposing[-1:]
+        end, matching = sum(proposing), sum(sizes)  # `matching`: without denoising queries
+        B, learned = tokens.shape[0], self.query_embed
+        if learned is not None:
+            learned = learned[end - matching:end].expand(B, -1, -1)
+        noisy = [] if noised is None else [noised.boxes]
+        if self.two_stage:
+            encoder_logits, box_logits = self.propose(tokens, where, len(proposing))
+            chosen = self.select(encoder_logits, box_logits, proposing)  # (B, n, 4) per group
+            boxes = torch.cat([*chosen[-len(sizes):], *noisy], 1)  # (B, N, 4)
+            position, content = self.code(boxes)
             # Mixed query selection: the position comes from the image, the content is learned.
-            content = self.query_content[end - matching:end].expand_as(content)
+            content = content[:, :matching] if learned is None else learned
+        else:
+            encoder_logits = tokens.new_zeros(B, 1, 0, self.num_classes)
+            box_logits = tokens.new_zeros(B, 1, 0, 4)
+            position, content = learned.chunk(2, -1)
+            point = self.reference_points(position).to(position).sigmoid()  # (B, n, 2)
+            # The logit of 0.5 is 0, so the first box head alone decides width and height.
+            start = torch.cat([point, torch.full_like(point, 0.5)], -1)
+            boxes = torch.cat([start, *noisy], 1)  # (B, N, 4)
+            position = torch.cat([position, *(self.code(x)[0] for x in noisy)], 1)
         if noised is not None:
             content = torch.cat([content, self.denoising_content(noised.labels)], 1)  # (B, N, D)
 
-        # The second stage predicts.
+        # The decoder predicts.
         seen = sizes if self.separate_attention else (matching,)
         denoising_groups = 0 if noised is None else noised.groups
         pred_logits, pred_boxes = self.decode(boxes, content, position, seen, denoising_groups,
@@ -583,6 +605,12 @@ class HybridDETR(nn.Module):
         # The encoder's row holds the tokens of each group one after the other.
         return Outputs(pred_logits, pred_boxes, encoder_logits.flatten(1, 2)[None],
                        box_logits.sigmoid().flatten(1, 2)[None])
+
+    def code(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a query looks (position) and what it asks for (content): (B,N,4) -> 2 x (B,N,D)."""
+        # Each number of a box becomes D/2 sines and cosines.
+        code = sine_code(boxes, self.level_embed.shape[1] // 2)  # (B, N, 2D)
+        return self.position_proj(code).chunk(2, -1)
 
     def call_layer(self, layer: nn.Module, *inputs):
         """Call a layer of encoder or decoder.
@@ -711,6 +739,11 @@ class HybridDETR(nn.Module):
         reference = previous = boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
             in_maps = reference[:, :, None] * ratios  # (B, N, V, 4)
+            if layer is self.decoder[0] and not self.two_stage:
+                # Offsets from a point count in cells. So do those from a box of 2J cells.
+                cells = torch.tensor([(w, h) for h, w in where.shapes])
+                size = 2 * layer.cross_attention.points / cells  # (V, 2)
+                in_maps[:, :sum(sizes), :, 2:] = size.to(boxes.device, non_blocking=True)
             content = self.call_layer(layer, content, position, sizes, denoising_groups, in_maps,
                                       tokens, where.shapes, where.padding)
             shift = box_head(content)
@@ -735,13 +768,14 @@ def parts_of(named, part: str) -> dict:
 def parameter_groups(model: HybridDETR, lr: float, pretrained: bool) -> list[dict]:
     """Split the trained parameters into those with the full learning rate and with a tenth.
 
-    A large step of the sampling offsets would throw all samples off the object, and a
-    pretrained backbone is good already (official code). A schedule multiplies base_lr.
+    A large step of the sampling offsets or reference points would throw all samples off the object,
+    and a pretrained backbone is good already (official code). A schedule multiplies base_lr.
     """
     slow, normal = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_slow = 'sampling_offsets' in name or pretrained and name.startswith('backbone')
+            is_slow = re.search('sampling_offsets|reference_points', name) or (
+                pretrained and name.startswith('backbone'))
             (slow if is_slow else normal).append(parameter)
     return [{'params': parameters, 'lr': rate, 'base_lr': rate}
             for parameters, rate in ((normal, lr), (slow, lr / 10))]
@@ -752,7 +786,7 @@ def parameter_groups(model: HybridDETR, lr: float, pretrained: bool) -> list[dic
 # Pairs of a name here, as a regular expression, and the official name. The first that fits counts.
 OFFICIAL_NAMES = [
     (r'level_embed', r'transformer.level_embed'),
-    (r'query_content', r'query_embed.weight'),
+    (r'query_embed', r'query_embed.weight'),
     (r'encoder\.(\d+)\.attention\.(.+)', r'transformer.encoder.layers.\1.self_attn.\2'),
     (r'encoder\.(\d+)\.norm\.(.+)', r'transformer.encoder.layers.\1.norm1.\2'),
     (r'encoder\.(\d+)\.ffn\.norm\.(.+)', r'transformer.encoder.layers.\1.norm2.\2'),
@@ -765,6 +799,7 @@ OFFICIAL_NAMES = [
     (r'decoder\.(\d+)\.self_norm\.(.+)', r'transformer.decoder.layers.\1.norm2.\2'),
     (r'decoder\.(\d+)\.ffn\.norm\.(.+)', r'transformer.decoder.layers.\1.norm3.\2'),
     (r'(encoder|decoder)\.(\d+)\.ffn\.(.+)', r'transformer.\1.layers.\2.\3'),
+    (r'(reference_points\..+)', r'transformer.\1'),
     (r'proposal_proj\.0\.(.+)', r'transformer.enc_output.\1'),
     (r'proposal_proj\.1\.(.+)', r'transformer.enc_output_norm.\1'),
     (r'position_proj\.0\.(.+)', r'transformer.pos_trans.\1'),
@@ -796,13 +831,12 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
 
     state_dict: the checkpoint's 'model'. The shapes tell layers, widths, classes, levels and the
     ResNet. 8 heads are assumed, as in every official file. The class columns stay COCO's raw
-    category ids 0..90. `transformer.decoder.{class,bbox}_embed` must equal `{class,bbox}_embed`.
+    category ids 0..90. A one-stage checkpoint has `transformer.reference_points`.
     Raises ValueError that names an entry which is unknown, missing, or has another shape or value.
     """
     def shape(name: str) -> torch.Size:
         if name not in state_dict:
-            raise ValueError(f'missing entry {name} (expected a two-stage checkpoint of '
-                             'H-Deformable-DETR)')
+            raise ValueError(f'missing entry {name} (expected a checkpoint of H-Deformable-DETR)')
         return state_dict[name].shape
 
     def count(pattern: str) -> int:
@@ -812,10 +846,6 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
     # Read the sizes off the shapes and build the model.
     levels, width = shape('transformer.level_embed')
     layers = count(r'transformer\.decoder\.layers\.(\d+)')
-    if mixed_selection:
-        rows = shape('query_embed.weight')[0]
-        if rows != sum(queries):
-            raise ValueError(f'query_embed.weight has {rows} rows, but queries={tuple(queries)}')
     blocks = tuple(count(rf'backbone\.0\.body\.layer{stage}\.(\d+)') for stage in (1, 2, 3, 4))
     resnets = {(2, 2, 2, 2): 'resnet18', (3, 4, 6, 3): 'resnet50', (3, 4, 23, 3): 'resnet101'}
     if blocks not in resnets:
@@ -825,7 +855,8 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
         shape('class_embed.0.weight')[0], queries, resnets[blocks], width=width, levels=levels,
         encoder_layers=count(r'transformer\.encoder\.layers\.(\d+)'), decoder_layers=layers,
         ffn=shape('transformer.encoder.layers.0.linear1.weight')[0],
-        points=weights // (8 * levels), mixed_selection=mixed_selection)
+        points=weights // (8 * levels), mixed_selection=mixed_selection,
+        two_stage='transformer.reference_points.weight' not in state_dict)
     # Load every entry under its name here. No entry may be left over.
     loaded, unknown = {}, set(state_dict)
     for ours, value in model.state_dict().items():
@@ -835,11 +866,11 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
                              f'{tuple(value.shape)}')
         loaded[ours] = state_dict[name]
         unknown.discard(name)
-        if re.match('(class|bbox)_embed', name):
-            alias = f'transformer.decoder.{name}'
-            if shape(alias) != value.shape or not torch.equal(state_dict[alias], state_dict[name]):
-                raise ValueError(f'entry {alias} differs from {name}, of which it is an alias')
-            unknown.discard(alias)
+        # The official decoder lists heads once more.
+        alias = f'transformer.decoder.{name}'
+        if not torch.equal(state_dict.get(alias, state_dict[name]), state_dict[name]):
+            raise ValueError(f'entry {alias} differs from {name}, of which it is an alias')
+        unknown.discard(alias)
     if unknown:
         raise ValueError(f'unknown entry {min(unknown)} ({len(unknown)} in all)')
     model.load_state_dict(loaded)
@@ -880,7 +911,7 @@ def demonstrate() -> None:
             ('boxes', 'L B N 4', in_training.pred_boxes),
             ('decoder in eval(): one group', 'L B n 4', at_inference.pred_boxes)):
         print(f'{stage:36}{letters:10}{tuple(x.shape)}')
-    model.query_content[4:] += 1.0
+    model.query_embed[4:] += 1.0
     moved = (model.train()(images, padding_mask).pred_logits - in_training.pred_logits).abs()
     print(f'\nWith other content in group two, its scores move by up to '
           f'{moved[:, :, 4:].max():.2f}, and those of group one by {moved[:, :, :4].max():g}.')

@@ -213,9 +213,9 @@ def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> 
     of_images = []
     for b, gt in enumerate(gt_boxes):
         iou = box_iou(xyxy[:, b].flatten(0, 1), box_convert(gt, 'cxcywh', 'xyxy'))  # (L*N, M)
-        # The padding is the 0 of an image without boxes.
-        of_queries = F.pad(iou, (1, 0)).amax(1).view(boxes.shape[0], -1)  # (L, N)
-        of_groups = [part.amax(1) for part in of_queries.split(sizes, 1)]  # G x (L,)
+        of_groups = iou.view(len(xyxy), -1, len(gt)).split(sizes, 1)  # G x (L, n, M)
+        # The padding is the 0 of a group or an image without boxes.
+        of_groups = [F.pad(part.flatten(1), (1, 0)).amax(1) for part in of_groups]  # G x (L,)
         of_images.append(torch.stack(of_groups, 1))
     return torch.stack(of_images, 1)
 

@@ -221,7 +221,7 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
     pred_logits, pred_boxes = (x.to(torch.promote_types(x.dtype, torch.float32))
                                for x in (pred_logits, pred_boxes))
     boxes = pred_boxes.flatten(0, 1)  # (L*N, 4)
-    l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], -1)  # (L, N, M)
+    l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], len(gt_boxes))  # (L, N, M)
     gt_xyxy, xyxy = (box_convert(x, 'cxcywh', 'xyxy') for x in (gt_boxes, boxes))
     # Speed: with the few ground truths first it is faster on the CPU.
     giou = generalized_box_iou(gt_xyxy, xyxy).T.reshape(l1.shape)  # (M, L*N) -> (L, N, M)

@@ -200,14 +200,14 @@ def naive_deformable_attention(value, shapes, locations, weights):
 
 # --- The same numbers as the public H-Deformable-DETR (commit f58ceb1) ---
 
-def draw(name, shape):
-    rng = np.random.RandomState(zlib.crc32((name + '#s92').encode()))
+def draw(name, shape, salt='#s92'):
+    rng = np.random.RandomState(zlib.crc32((name + salt).encode()))
     return rng.standard_normal(shape).astype(np.float32)
 
 
-def fill(name, shape):
+def fill(name, shape, salt='#s92'):
     """The value of an entry of the official state dict: it follows from the official name."""
-    x = draw(name, shape)
+    x = draw(name, shape, salt)
     if name in ('transformer.level_embed', 'query_embed.weight'):
         pass
     elif name.endswith('running_var'):
@@ -233,13 +233,14 @@ def official_state(value, *arguments, **sizes):
 
 
 @functools.cache
-def small_official(dtype=torch.float32):
+def small_official(dtype=torch.float32, salt='#s92', seed=0, **one_stage):
     """-> model (20 + 60 queries, 2 + 3 layers, 11 classes), images, padding mask."""
-    state = official_state(fill, 11, (80,), encoder_layers=2, decoder_layers=3, ffn=128)
+    state = official_state(functools.partial(fill, salt=salt), 11, (80,), encoder_layers=2,
+                           decoder_layers=3, ffn=128, **one_stage)
     model = from_official(state, (20, 60)).to(dtype)
     images = torch.zeros(2, 3, 96, 128, dtype=dtype)
     mask = torch.ones(2, 96, 128, dtype=torch.bool)
-    rng = np.random.RandomState(0)
+    rng = np.random.RandomState(seed)
     for i, (h, w) in enumerate(((96, 128), (80, 112))):
         images[i, :, :h, :w] = torch.from_numpy(rng.standard_normal((3, h, w)).astype(np.float32))
         mask[i, :h, :w] = False
@@ -262,6 +263,10 @@ REFERENCE = [  # field, index -> official numbers
      [1.23442, 1.22998, 1.37983, -1.74113]),
     ('encoder_boxes', (0, 1, 130), [0.137084, 0.895347, 0.0402376, 0.0600089])]
 TOTALS = {(4, 2): 745.688113, (4, 0): 1098.62582, (0, 0): 5198.3938}  # boxes of the two images
+ONE_STAGE_BOXES = (
+    [[0.692737, 0.225018, 0.203350, 0.307559], [0.264594, 0.557031, 0.231313, 0.252601],
+     [0.517890, 0.451284, 0.275874, 0.396578], [0.401245, 0.573512, 0.336950, 0.194620]],
+    [[0.474911, 0.604301, 0.265767, 0.204879], [0.288707, 0.414257, 0.251583, 0.0796944]])
 GRADIENTS = {  # all boxes: norm, and projection on the draw of the same name
     'transformer.encoder.layers.0.self_attn.sampling_offsets.weight': (379.220928, -149.276831),
     'transformer.pos_trans.weight': (208.577204, 18.9254019),
@@ -296,6 +301,21 @@ class TestParity(Close, unittest.TestCase):
             along = float((gradient * torch.from_numpy(draw(name, gradient.shape))).sum())
             self.assertAlmostEqual(along / norm, projection / norm, delta=1e-5, msg=name)
         self.assertIsNone(parameters['backbone.body.conv1.weight'].grad, 'the stem is frozen')
+
+    def test_one_stage(self):
+        model, images, mask = small_official(torch.float64, '#o7', 5, two_stage=False)
+        outputs = model.train()(images, mask)
+        self.close(outputs.pred_logits[2, 0, 7, :4], [2.16385, -1.14804, 0.653811, 0.0209237], 5e-5)
+        self.close(outputs.pred_boxes[0, 1, 5], [0.435634, 0.788271, 0.681136, 0.380820])
+        labels = torch.tensor([10, 9, 3, 4]), torch.tensor([5, 5])
+        boxes = [torch.tensor(x, dtype=torch.float64) for x in ONE_STAGE_BOXES]
+        loss = sum(loss_of(outputs, labels, boxes, GROUPS).values())
+        self.assertAlmostEqual(float(loss.detach()) / 307.605286, 1, delta=1e-5)
+        loss.backward()
+        for name, norm in (('query_embed', 13.2526217), ('reference_points.weight', 42.5097885),
+                           ('box_heads.0.4.weight', 46.1324959)):
+            gradient = model.get_parameter(name).grad
+            self.assertAlmostEqual(float(gradient.norm()) / norm, 1, delta=1e-5, msg=name)
 
     def test_from_official_names_what_is_wrong(self):
         state = official_state(lambda name, shape: torch.zeros(shape), 2, (5,), 'resnet18',
@@ -907,10 +927,11 @@ class TestDetector(Close, unittest.TestCase):
         noised = [matchers.Denoising(torch.full((2, 6), label), torch.rand(2, 6, 4), 3)
                   for label in (0, 1)]
         for groups, separate in itertools.product(((6, 6, 6), (6, 10)), (True, False)):
-            model = tiny_model(groups, separate_attention=separate, denoising=True)
+            model = tiny_model(groups, separate_attention=separate, denoising=True,
+                               two_stage=len(groups) > 2)
             with torch.no_grad():
                 plain, *runs = (model(self.images, self.mask, noised=x) for x in (None, *noised))
-                model.query_content[6] += 1  # the first query of group two
+                model.query_embed[6] += 1  # the first query of group two
                 runs.append(model(self.images, self.mask, noised=noised[1]))
             N = sum(groups)
             self.close(runs[0].pred_boxes[:, :, :N], plain.pred_boxes)
@@ -921,8 +942,10 @@ class TestDetector(Close, unittest.TestCase):
                 self.assertFalse(torch.equal(b[:, :, 7:12], c[:, :, 7:12]), 'its own group moves')
 
     def test_a_group_alone_gives_what_it_gives_in_the_row(self):
-        for groups, selection in (((6, 10), 'ranks'), ((5, 8), 'distinct'), ((7, 7, 7), 'heads')):
-            model = tiny_model(groups, selection=selection)
+        for groups, selection, two_stage in (
+                ((6, 10), 'ranks', True), ((5, 8), 'distinct', True), ((7, 7, 7), 'heads', True),
+                ((6, 10), 'ranks', False)):
+            model = tiny_model(groups, selection=selection, two_stage=two_stage)
             with torch.no_grad():
                 row = model(self.images, self.mask)
                 alone = [model.eval()(self.images, self.mask, g) for g in range(len(groups))]
@@ -1279,7 +1302,7 @@ REFUSALS = """
 --overfit 2 --dense-o2o -> --dense-o2o
 --schedule flat-cosine --warmup 0.9 -> --warmup 0.9
 --scheme layer --decoder-layers 1 -> --L1 2: the decoder has 1
---K 6 --T 0 -> --K 6
+--one-stage --selection heads -> --selection heads: only --no-one-stage
 --samples s.txt -> --samples s.txt: must end in .png
 --scheme one2one --queries 5000 --workers 0 -> tokens
 --out /dev/null -> /dev/null
@@ -1720,7 +1743,7 @@ CHANGES = """
 | --scheme one2many --K 2 | --model resnet18 --no-pretrained | --overfit 4 | --queries 9
 | --cls-loss mal | --class-weight 3 | --cost stable | --cost-class 100 | --fusion simple
 | --denoising 4 | --dense-o2o | --ema 0.5 | --decoder-layers 1 | --ffn 16 | --dropout 0.5
-| --no-mixed-selection | --no-look-forward-twice | --image-size 96 | --batch-size 3 | --accumulate 2
+| --no-mixed-selection | --one-stage | --no-look-forward-twice | --image-size 96 | --batch-size 3 | --accumulate 2
 | --steps 1 | --lr 0.1 | --schedule step | --warmup 0.9 | --weight-decay 1 | --clip 1e-6 | --seed 1
 | --eval-every 0.25
 --scheme branch --T 6 --K 2 | --T 7 | --K 1 | --weight 2
@@ -1738,12 +1761,12 @@ CHANGES = """
 
 class TestTraining(Commands):
     def test_every_scheme_overfits_two_images(self):
-        for flags in ('one2one', 'branch --T 16 --K 2', 'group --G 2',
+        for flags in ('one2one', 'branch --T 16 --K 2', 'group --G 2', 'group --G 2 --one-stage',
                       'epoch --K 2 --rho 0.3 --queries 24',
                       'layer --K 2 --L1 1 --queries 24',
                       'one2many --K 2 --queries 24', 'stable --denoising 6', 'deim --denoising 6'):
             with self.subTest(flags):
-                out = flags.split()[0]
+                out = flags.replace(' ', '')
                 self.train('--overfit 2 --steps 44 --eval-every 44 --ffn 64 --lr 8e-3 --scheme '
                            + flags, out)
                 loss, metrics = self.records(out)
@@ -1837,9 +1860,9 @@ class TestTraining(Commands):
         folder, resume = self.root / 'moved' / 'annotations', f'{resume} --data ROOT/./moved/'
         (folder / 'instances_train2017.json').write_text(json.dumps(fewer))
         self.assertIn('3 images and now has 2: it no longer equals', self.train(resume))
-        for split, message in (('train', 'training and validation'), ('val', 'run and data')):
+        for split, message in (('train', 'categories of training'), ('val', 'run and data')):
             (folder / f'instances_{split}2017.json').write_text(json.dumps(more))
-            self.refuses(f"{message} .*categories: (none and 91 'new'|91 'new' and none)",
+            self.refuses(f"{message} .*: (none and 91 'new'|91 'new' and none)",
                          self.train, resume)
         self.refuses("none and 91 'new'", self.evaluate, f'{flags} --data ROOT/moved')
 
@@ -1933,6 +1956,15 @@ class TestTraining(Commands):
         for flags in f'{fixed} --fusion dense', f'{own} --init-part backbone {resnet}':
             self.refuses('--init-part .* lacks|none of its', self.train, f'{flags} --out ROOT/none')
 
+    def test_backbone_from_shapes_that_are_cut_out(self):
+        path = self.root / 'backbone.pt'
+        with quiet() as printed, mock.patch.object(train, 'TinyBackbone', ThinBackbone):
+            train.pretrain_backbone(path, workers=0, steps=40)
+        accuracy = float(re.search(r'([\d.]+)%', printed.getvalue())[1])
+        self.assertGreater(accuracy, 60)
+        printed = self.train(f'--init {path} --init-part backbone --steps 1')
+        self.assertIn('backbone.pt: 28 of', printed)
+
     def test_imagenet_weights_that_cannot_be_downloaded(self):
         with mock.patch('torchvision.models._api.load_state_dict_from_url', side_effect=OSError):
             self.refuses('--no-pretrained', self.train,
@@ -1999,6 +2031,8 @@ class TestTraining(Commands):
         self.train('--scheme group --G 2 --steps 1 --unstable 2 --cost stable')
         self.assertEqual(score.call_args.args[-1].kind, 'stable')
         self.assertEqual(len(self.records()[-1]['unstable']), 2, 'one for each decoder layer')
+        self.train('--scheme group --G 2 --one-stage --steps 1', 'one')
+        self.evaluate('--weights ROOT/one/checkpoint.pt --matches ROOT/one.png --unstable 2')
         weights, rows, evaluate = '--weights ROOT/run/checkpoint.pt', [], evaluation.evaluate
 
         def evaluate_and_keep(*arguments, **keywords):
@@ -2025,7 +2059,7 @@ class TestTraining(Commands):
             result['file_name'] = f'{self.root}/run/{result.pop("image_id")}.bmp'
         self.assertEqual(found, results)
         drawn = [*self.root.glob('**/*.png')]
-        self.assertEqual(len(drawn), 6)
+        self.assertEqual(len(drawn), 8)
         for path in drawn:
             self.looks_drawn(path)
         self.refuses('--group 2', self.evaluate, f'{weights} --group 2')

@@ -5,15 +5,14 @@ SETTINGS holds every setting of a run, `train` is the loop, and
 
 Under `torchrun --nproc_per_node=W` the same code runs in W
 processes, each with --batch-size images of its own. `machine`
-below holds the flags that are not settings, and torchrun's `rank`
-(the number of this process) and `world` (W).
+holds the flags that are not settings, and torchrun's `rank` (the
+number of this process) and `world` (W).
 
 Letters as in matchers.py.
 """
 import argparse
 import contextlib
 import copy
-import inspect
 import itertools
 import json
 import math
@@ -31,13 +30,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import box_convert, roi_align
 from tqdm import tqdm
 
 import eval as evaluation
-from data import DENSE, Categories, DenseOneToOne, UserError, open_dataset, train_loader
+from data import (DENSE, SHAPES, Categories, DenseOneToOne, ShapesDataset, UserError,
+                  open_dataset, train_loader)
 from eval import flag
-from hybrid_detr import (PARTS, DeformableAttention, HybridDETR, Outputs, TooFewTokens,
-                         deformable_attention, official_name, parameter_groups, parts_of)
+from hybrid_detr import (
+    PARTS, DeformableAttention, HybridDETR, Outputs, TinyBackbone, TooFewTokens,
+    deformable_attention, official_name, parameter_groups, parts_of)
 from losses import CLASS_WEIGHTS, F1, LossSettings, criterion
 from matchers import (NUMBER_HELP, NUMBERS, Cost, denoising_queries, encoder_groups,
                       expected_positives, match, matching_stats, query_groups)
@@ -58,15 +60,15 @@ class Row(NamedTuple):
     help: str
     low: float = 0
     high: float = 1e9
-    choices: tuple = ()
+    choices: tuple | dict = ()
     needs: tuple = ()
     kind: type | None = None
     bare: object = None
 
 
 # Stable-DINO and DEIM change no group. A preset is one2one with
-# the paper's switches, which go with every scheme. Both papers
-# build on detectors with contrastive denoising (DINO, RT-DETRv2).
+# the paper's switches, which go with every scheme, and the
+# denoising of the detectors that they build on.
 PRESETS = {
     'stable': dict(cls_loss='stable', cost='stable', fusion='dense', denoising=100),
     # More queries for tiny: a mosaic has the objects of four images.
@@ -80,21 +82,22 @@ SETTINGS = {
         data=Row('shapes', 'shapes, or a folder in COCO layout'),
         model=Row('tiny', 'tiny, r50, or a ResNet or Swin of torchvision'),
         overfit=Row(0, 'train and evaluate on the first N images')),
-    "the scheme's numbers (defaults: matchers.NUMBERS)": {
-        **{name: Row(None, *row, kind=query_groups.__annotations__[name])
-           for name, row in NUMBER_HELP.items()},
-        'selection': Row(
+    "the scheme's numbers (defaults: matchers.NUMBERS)": dict(
+        {name: Row(None, *row, kind=query_groups.__annotations__[name])
+         for name, row in NUMBER_HELP.items()},
+        selection=Row(
             lambda s: 'heads' if s['scheme'] == 'group' else 'ranks',
             'proposals of a group: ranks, the next of one head (H-DETR); heads, the best of '
             'its own head (Group DETR A.2; default of group); distinct, as heads, but none '
-            'of an earlier group (H-DETR App. D)', choices=('ranks', 'heads', 'distinct')),
-        'separate_attention': Row(True, 'groups do not see each other in training')},
+            'of an earlier group (H-DETR App. D)', choices=('ranks', 'heads', 'distinct'),
+            needs=('one_stage', False)),
+        separate_attention=Row(True, 'groups do not see each other in training')),
     'Stable-DINO and DEIM, with every scheme': dict(
-        cls_loss=Row('focal', 'classification loss', choices=tuple(CLASS_WEIGHTS)),
+        cls_loss=Row('focal', 'classification loss', choices=CLASS_WEIGHTS),
         class_weight=Row(lambda s: CLASS_WEIGHTS[s['cls_loss']],
                          'weight of --cls-loss (1; focal 2, stable 6)', kind=float),
         mal_gamma=Row(1.5, 'mal: exponent', 1, 100, needs=('cls_loss', 'mal')),
-        f1=Row('s2', 'stable: target of a score (Stable-DINO Table 7)', choices=tuple(F1),
+        f1=Row('s2', 'stable: target of a score (Stable-DINO Table 7)', choices=F1,
                needs=('cls_loss', 'stable')),
         rescale=Row('one', 'stable: what the largest target becomes (§2.2)',
                     choices=('one', 'max-iou', 'none'), needs=('cls_loss', 'stable')),
@@ -107,13 +110,13 @@ SETTINGS = {
                    choices=('none', 'simple', 'ulike', 'dense')),
         denoising=Row(0, 'noisy ground truths of an image (100 without N)', 0, 10_000, bare=100),
         dense_o2o=Row(False, 'mosaic and mixup, from 7 to 57 %% of training'),
-        ema=Row(0.0, 'evaluate and save a moving average, with decay N', 0, 1,
-                bare=(0.98, 0.9999))),
+        ema=Row(0.0, 'evaluate and save a moving average of decay N', 0, 1, bare=(0.98, 0.9999))),
     'model: depth, and the switches of H-DETR Table 8': dict(
         decoder_layers=Row((3, 6), 'their number L', 1, 100),
         ffn=Row((256, 2048), 'feed-forward width', 1, 100_000),
         dropout=Row(0.0, 'in the transformer', 0, 1),
-        mixed_selection=Row(True, 'query content is learned'),
+        one_stage=Row(False, 'queries are learned, no proposals (Deformable DETR §4.1)'),
+        mixed_selection=Row(True, 'query content is learned', needs=('one_stage', False)),
         look_forward_twice=Row(True, 'the box loss reaches one layer further back'),
         pretrained=Row((False, True), 'ImageNet backbone, batch norm fixed')),
     'optimisation (tiny on photographs: 2800 steps of 4, size 192, lr 0.0007)': dict(
@@ -135,7 +138,7 @@ SETTINGS = {
         seed=Row(0, 'of everything random', 0, 2 ** 31 - 1)),
     'start and evaluation': dict(
         init=Row(None, 'start from this checkpoint, as far as it fits', kind=str),
-        init_part=Row('all', 'take only this from --init', choices=tuple(PARTS)),
+        init_part=Row('all', 'take only this from --init', choices=PARTS),
         fixed_encoder=Row(False, 'do not train what --init-part takes'),
         eval_every=Row(None, 'epochs between evaluations (default a third)', 1e-9, kind=float),
         unstable=Row(0, 'unstable score of N images')),
@@ -163,7 +166,7 @@ def add_settings(parser):
     what the user chose.
     """
     for title, rows in SETTINGS.items():
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
         for name, row in rows.items():
             tiny, other = pick(row.default, True), pick(row.default, False)
             kind, text = row.kind or type(other), row.help
@@ -177,35 +180,33 @@ def add_settings(parser):
                 options |= dict(nargs='?', const=row.bare)
             if not callable(other) and (tiny, other) != (None, None):
                 text += f' (default {other if tiny == other else f"tiny {tiny}, else {other}"})'
-            group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text,
-                               **options)
+            group.add_argument(flag(name), dest=name, help=text, **options)
 
 
 def complete(given):
     """Fill in the settings that were not given.
 
     Raises UserError for flags that contradict each other, and for
-    one that nothing would read: the run would not be what its
-    command says.
+    one that nothing would read.
     """
     scheme, is_tiny = given.get('scheme', 'branch'), given.get('model', 'tiny') == 'tiny'
-    photos = is_tiny and given.get('data', 'shapes') != 'shapes'
+    photos = PHOTOS if is_tiny and given.get('data', 'shapes') != 'shapes' else {}
     numbers = pick(NUMBERS['one2one' if scheme in PRESETS else scheme], is_tiny)
     s = {name: row.default for name, row in ROWS.items() if name not in NUMBER_HELP}
     # The later dict wins.
-    s |= {**(PHOTOS if photos else {}), **numbers, **PRESETS.get(scheme, {}), **given}
+    s |= photos | numbers | PRESETS.get(scheme, {}) | given
     s = {name: pick(value, is_tiny) for name, value in s.items()}
     # Defaults that follow from other settings.
     s |= {name: value(s) for name, value in s.items() if callable(value)}
-    if s['overfit'] and 'dense_o2o' not in given:  # it takes images as they are
+    # --overfit takes images as they are.
+    if s['overfit'] and 'dense_o2o' not in given:
         s['dense_o2o'] = False
-    for name, other in (('epochs', 'steps'), ('steps', 'epochs')):
-        if name in given and other not in given:
-            s[other] = None
-    # What nothing would read is refused.
+    if 'steps' in given:
+        s['epochs'] = None
+    elif 'epochs' in given:
+        s['steps'] = None
     for name in given:
-        needs = ROWS[name].needs
-        if needs and s[needs[0]] != needs[1]:
+        if (needs := ROWS[name].needs) and s[needs[0]] != needs[1]:
             raise UserError(f'{flag(name, s[name])}: only {flag(*needs)} has it')
         if name in NUMBER_HELP and name not in numbers:
             raise UserError(f'{flag(name, s[name])}: scheme {scheme} only has '
@@ -227,27 +228,27 @@ def complete(given):
             ('warmup', s['schedule'] == 'flat-cosine' and s['warmup'] > DENSE[1],
              f'flat-cosine allows {DENSE[1]:.2f} at most'),
             ('L1', s.get('L1', 0) > s['decoder_layers'],
-             f'the decoder has {s["decoder_layers"]} layers'),
-            ('K', given.get('K', 1) > 1 and s.get('T') == 0, 'with --T 0 it is not read')):
+             f'the decoder has {s["decoder_layers"]} layers')):
         if is_wrong:
             raise UserError(f'{flag(name, s[name])}: {reason}')
     return s
 
 
 def scheme_of(settings):
-    """The arguments of matchers.query_groups: the scheme and its numbers."""
+    """The arguments of matchers.query_groups, except progress."""
     scheme = 'one2one' if settings['scheme'] in PRESETS else settings['scheme']
-    return {'scheme': scheme, **{name: settings[name] for name in NUMBER_HELP if name in settings}}
+    return dict(scheme=scheme, layers=settings['decoder_layers'],
+                **{name: settings[name] for name in NUMBER_HELP if name in settings})
 
 
 def architecture(settings, num_classes):
     """The arguments of HybridDETR, which a checkpoint remembers."""
     model = settings['model']
-    groups = query_groups(layers=settings['decoder_layers'], **scheme_of(settings))
-    switches = [name for name in inspect.signature(HybridDETR).parameters if name in settings]
-    return dict(num_classes=num_classes, groups=[group.queries for group in groups],
+    switches = [name for name in HybridDETR.__init__.__annotations__ if name in settings]
+    return dict(num_classes=num_classes, softmax=settings['cls_loss'] == 'ce',
+                groups=[group.queries for group in query_groups(**scheme_of(settings))],
                 backbone='resnet50' if model == 'r50' else model,
-                frozen_backbone=settings['pretrained'], softmax=settings['cls_loss'] == 'ce',
+                frozen_backbone=settings['pretrained'], two_stage=not settings['one_stage'],
                 **{name: settings[name] for name in switches},
                 **(TINY_MODEL if model == 'tiny' else PAPER_MODEL))
 
@@ -295,20 +296,21 @@ def train(settings, folder, checkpoint, machine):
     model, average, optimizer, start = model_and_optimizer(
         settings, design, folder, checkpoint, machine)
     # What is evaluated and saved, and what computes the gradients.
-    evaluated, parallel = average or model, join_processes(model, machine)
-    plan, scheme = Plan(settings, conditions['images'], machine.world), scheme_of(settings)
-    layers, accumulate = len(model.decoder), settings['accumulate']
-    loss = LossSettings(*(settings[name] for name in LossSettings._fields[:5]),
-                        official=settings['official_losses'])
+    evaluated, parallel = average or model, model
+    if machine.world > 1:
+        dist.init_process_group('nccl' if machine.on_gpu else 'gloo')
+        parallel = DistributedDataParallel(
+            model, device_ids=[machine.device] if machine.on_gpu else None)
+    plan, accumulate = Plan(settings, conditions['images'], machine.world), settings['accumulate']
+    loss = LossSettings(*map(settings.get, LossSettings._fields[:5]), settings['official_losses'])
     recipe = Recipe(evaluation.cost_of(settings), loss, settings['denoising'], accumulate,
                     conditions['amp'])
     loader = iter(train_loader(
         train_set, plan.batch_size, plan.steps * accumulate, machine.workers,
         settings['seed'], start * accumulate, machine.rank, machine.world,
-        pin=machine.device.type == 'cuda',
-        dense_part=DENSE if settings['dense_o2o'] else None))
+        pin=machine.on_gpu, dense_part=DENSE if settings['dense_o2o'] else None))
     if machine.rank == 0:
-        describe(settings, folder, layers, plan, start, machine)
+        describe(settings, folder, plan, start, machine)
     journal = Journal(folder, plan, machine, start if checkpoint else None)
     # The run may have stopped just before an evaluation.
     if start and plan.is_evaluated(start) and journal.lacks_evaluation:
@@ -317,16 +319,15 @@ def train(settings, folder, checkpoint, machine):
                disable=machine.rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
 
     for step in bar:
-        # `step` alone decides learning rate, groups, order of the
-        # images, dropout and noise. So on a CPU, a resumed run
-        # equals an uninterrupted one to the bit. (CUDA sums in any
-        # order.)
+        # `step` alone decides learning rate, groups, images,
+        # dropout and noise. So on a CPU, a resumed run equals an
+        # uninterrupted one to the bit. (CUDA sums in any order.)
         progress, done = step / plan.steps, step + 1
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
         torch.manual_seed((settings['seed'] * plan.steps + step) * machine.world + machine.rank)
         # In the decoder, a scheme is nothing but this list.
-        groups = query_groups(layers=layers, progress=progress, **scheme)
+        groups = query_groups(progress=progress, **scheme_of(settings))
 
         batches = [next(loader) for _ in range(accumulate)]
         num_boxes = boxes_of_step(batches, machine)
@@ -336,16 +337,17 @@ def train(settings, folder, checkpoint, machine):
         numbers = {}
         # One batch at a time keeps its activations.
         for i, batch in enumerate(batches):
-            # DistributedDataParallel reads this: it exchanges
-            # gradients once a step.
+            # So DistributedDataParallel exchanges gradients once a
+            # step.
             parallel.require_backward_grad_sync = i == accumulate - 1
             try:
                 parts, stats = loss_of(parallel, batch.to(machine.device), groups, recipe,
                                        num_boxes)
             except (TooFewTokens, FloatingPointError) as error:
                 raise failed(step, error, batch.names) from None
-            sum(parts.values()).backward()  # adds to the gradients of earlier batches
-            for name, value in {**parts, **stats}.items():
+            # Adds to the gradients of earlier batches.
+            sum(parts.values()).backward()
+            for name, value in (parts | stats).items():
                 numbers[name] = numbers.get(name, 0) + value.detach()
         # The losses of all layers are summed, so clipping at 0.1
         # acts at nearly every step.
@@ -355,33 +357,33 @@ def train(settings, folder, checkpoint, machine):
             update_average(average, model, done, settings['ema'],
                            pick(AVERAGE_WARMUP, settings['model'] == 'tiny'))
 
-        # Speed: these numbers stay on the device until they are
-        # logged, or the CPU would wait for the GPU in every step.
+        # Speed: the numbers stay on the device until they are logged,
+        # or the CPU would wait for the GPU.
         names = [name for batch in batches for name in batch.names]
         journal.recent.append((step, numbers, names))
         # Read once: Ctrl-C may come at any time.
         is_interrupted = bool(INTERRUPTS)
         is_saved = is_interrupted or plan.is_evaluated(done) or done % plan.save_every == 0
         if done % LOG_EVERY == 0 or is_saved:
-            # Raises UserError for what is not finite.
             bar.set_postfix(journal.log(done, optimizer, {model, evaluated}))
         if is_saved and machine.rank == 0:
             content = {'model': evaluated.state_dict(), 'optimizer': optimizer.state_dict(),
-                       'trained_model': model.state_dict() if average else None,
-                       'step': done, 'settings': settings, 'architecture': design,
-                       **conditions}
+                       'trained_model': model.state_dict() if average else None, 'step': done,
+                       'settings': settings, 'architecture': design, **conditions}
             replace(folder / 'checkpoint.pt', lambda part: torch.save(content, part))
         if is_interrupted:
             del loader  # its processes end
-            stop(folder, done)
+            print(f'\nstopped after step {done}: python train.py --resume '
+                  f'{shlex.quote(str(folder))} goes on')
+            sys.exit(128 + INTERRUPTS[0])
         # After saving: an evaluation that fails loses nothing.
         if plan.is_evaluated(done):
             journal.evaluate(done, evaluated, val_set, settings)
 
     if machine.rank == 0:
-        evaluation.draw_predictions(evaluated, val_set, val_set.categories.ids,
-                                    folder / 'predictions.png')
-        print(f'look at {folder}/predictions.png')
+        picture = folder / 'predictions.png'
+        evaluation.draw_predictions(evaluated, val_set, val_set.categories.ids, picture)
+        print(f'look at {picture}')
     if machine.world > 1:
         # Delete the model before the process group that it uses,
         # or their threads may wait for each other.
@@ -401,39 +403,36 @@ def loss_of(model, batch, groups, recipe, num_boxes):
     FloatingPointError for predictions that are not finite.
     """
     detector = getattr(model, 'module', model)
-    noised = None
+    truths, noised = (batch.gt_labels, batch.gt_boxes), None
     if recipe.denoising:
-        noised = denoising_queries(batch.gt_labels, batch.gt_boxes, detector.num_classes,
-                                   recipe.denoising)
+        noised = denoising_queries(*truths, detector.num_classes, recipe.denoising)
         groups = [*groups, noised.query_group(len(detector.decoder))]
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.amp):
         outputs = model(batch.images, batch.padding_mask, noised=noised)
-    # Matching and loss need float32: bfloat16 keeps 8 digits (bits)
-    # of a number, so many costs would be equal.
+    # Matching and loss need float32: bfloat16 keeps 8 digits
+    # (bits), so many costs would be equal.
     outputs = Outputs(*(x.float() for x in outputs))
     # The encoder's proposals are matched and trained as well: the
     # best of them become queries.
-    heads = len(detector.encoder_class_heads)  # E
+    heads = detector.encoder_heads  # E
     tokens = outputs.encoder_logits.shape[2] // heads  # S
     proposals = encoder_groups(groups, heads, tokens)  # how E*S is cut
-    matches, encoder_matches = match(*outputs, batch.gt_labels, batch.gt_boxes, groups,
-                                     proposals, recipe.cost)
-    parts, iou = criterion(outputs, batch.gt_labels, batch.gt_boxes, matches,
-                           encoder_matches, groups, proposals, num_boxes, recipe.loss)
+    matches, encoder_matches = match(*outputs, *truths, groups, proposals, recipe.cost)
+    parts, iou = criterion(outputs, *truths, matches, encoder_matches, groups, proposals,
+                           num_boxes, recipe.loss)
     # ce is a mean over its own batch, not over num_boxes.
     if recipe.loss.cls_loss == 'ce':
         parts['class'] = parts['class'] / recipe.accumulate
-    stats = matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou,
-                           detector.groups, detector.softmax)
-    return parts, stats
+    return parts, matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou,
+                                 detector.groups, detector.softmax)
 
 
 def boxes_of_step(batches, machine):
     """The number of boxes that divides the loss of a step.
 
     All batches of a step count together, so that every box has the
-    same weight. Several processes take their mean, as
-    DistributedDataParallel takes the mean of their gradients.
+    same weight. Several processes take their mean, as for their
+    gradients.
     """
     num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
     if machine.world > 1:
@@ -451,12 +450,12 @@ def lr_factor(settings, progress):
     # Warm-up: at first Adam has seen too few gradients to know
     # the scale of its steps.
     if progress < warmup and schedule == 'flat-cosine':
-        return (progress / warmup) ** 2  # DEIM's code: the first step does nothing
+        # DEIM's code: the first step does nothing.
+        return (progress / warmup) ** 2
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     if schedule == 'step':
-        # It falls after epoch 11 of 12, 20 of 24, 30 of 36
-        # (official codes).
+        # Official codes: after epoch 11 of 12, 20 of 24, 30 of 36.
         fall = 11 / 12 if (settings['epochs'] or 12) <= 12 else 5 / 6
         return 1.0 if progress < fall else 0.1
     if schedule == 'flat-cosine':
@@ -480,10 +479,7 @@ def update_average(average, model, step, decay, warmup):
     d = decay * (1 - math.exp(-step / warmup))
     # state_dict() holds the tensors themselves, not copies.
     for mean, new in zip(average.state_dict().values(), model.state_dict().values()):
-        if mean.is_floating_point():
-            mean.lerp_(new, 1 - d)
-        else:
-            mean.copy_(new)
+        mean.copy_(mean.lerp(new, 1 - d) if mean.is_floating_point() else new)
 
 
 # --- The start of a run ---
@@ -493,17 +489,14 @@ def open_data(settings):
 
     Raises UserError if their categories differ.
     """
-    name, size, seed, overfit, flip, n = (settings[key] for key in (
-        'data', 'image_size', 'seed', 'overfit', 'vertical_flip', 'n'))
-    train_set = val_set = open_dataset(name, 'train', size, True, flip, seed, overfit)
-    if not overfit:
+    name, size, flip, seed = map(settings.get, ('data', 'image_size', 'vertical_flip', 'seed'))
+    train_set = val_set = open_dataset(name, 'train', size, True, flip, seed, settings['overfit'])
+    if not settings['overfit']:
         val_set = open_dataset(name, 'val', size, seed=seed)
-    if train_set.most_boxes > n:
-        print(f'{name}: images have up to {train_set.most_boxes} boxes, more than the '
-              f'{n} --queries')
+    if train_set.most_boxes > settings['n']:
+        print(f'{name}: an image has {train_set.most_boxes} boxes, but {settings["n"]} --queries')
     if difference := train_set.categories.difference(val_set.categories):
-        raise UserError(f'{name}: training and validation have different categories: '
-                        f'{difference}')
+        raise UserError(f'{name}: categories of training and validation differ: {difference}')
     if settings['dense_o2o']:
         train_set = DenseOneToOne(train_set, size, flip, seed)
     return train_set, val_set
@@ -518,23 +511,22 @@ def conditions_of(checkpoint, folder, train_set, machine):
     amp, categories = machine.amp, train_set.categories
     # By default where the GPU computes in bfloat16 itself.
     if amp is None:
-        on_gpu = machine.device.type == 'cuda'
         amp = checkpoint['amp'] if checkpoint else (
-            on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
+            machine.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
     conditions = {'categories': {'ids': categories.ids, 'names': categories.names},
                   'images': len(train_set), 'processes': machine.world, 'amp': amp}
-    if checkpoint:
-        if difference := Categories(**checkpoint['categories']).difference(categories):
-            raise UserError(f'{folder} and data have different categories: {difference}')
-        if checkpoint['images'] != len(train_set):
-            print(f'{folder} began with {checkpoint["images"]} images and now has '
-                  f'{len(train_set)}: it no longer equals an uninterrupted run')
-            conditions['images'] = checkpoint['images']
-        for name in ('processes', 'amp'):
-            if checkpoint[name] != conditions[name]:
-                raise UserError(f'{folder} has {name} {checkpoint[name]}, not '
-                                f'{conditions[name]}: use --init')
-    return conditions
+    if not checkpoint:
+        return conditions
+    if difference := Categories(**checkpoint['categories']).difference(categories):
+        raise UserError(f'{folder} and data have different categories: {difference}')
+    if checkpoint['images'] != len(train_set):
+        print(f'{folder} began with {checkpoint["images"]} images and now has '
+              f'{len(train_set)}: it no longer equals an uninterrupted run')
+    for name in ('processes', 'amp'):
+        if checkpoint[name] != conditions[name]:
+            raise UserError(f'{folder} has {name} {checkpoint[name]}, not {conditions[name]}: '
+                            'use --init')
+    return conditions | {'images': checkpoint['images']}
 
 
 def model_and_optimizer(settings, design, folder, checkpoint, machine):
@@ -562,8 +554,8 @@ def model_and_optimizer(settings, design, folder, checkpoint, machine):
     # Speed: convolutions are faster with this layout.
     model.backbone.to(memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False) if settings['ema'] else None
-    for module in model.modules() if machine.compile else ():
-        if isinstance(module, DeformableAttention):
+    for module in model.modules():
+        if machine.compile and isinstance(module, DeformableAttention):
             module.core = torch.compile(deformable_attention)
     with reading(folder):
         start = restore(checkpoint, model, average, optimizer) if checkpoint else 0
@@ -575,8 +567,7 @@ def load_initial(model, settings):
 
     Weights of --init, own or official, are taken if name and shape
     fit. A backbone is taken whole or not: half would mix two networks.
-    Raises UserError if nothing of --init fits, or not all that is to
-    be fixed, and for weights that cannot be downloaded.
+    Raises UserError for weights that are missing or do not fit.
     """
     path, part, taken = settings['init'], settings['init_part'], {}
     if path:
@@ -607,6 +598,30 @@ def load_initial(model, settings):
     model.load_state_dict(taken, strict=False)
 
 
+def pretrain_backbone(path, workers, steps=300):
+    """Train tiny's backbone to name shapes, for --init-part backbone.
+
+    They are cut out of images that no run with a lower seed has.
+    """
+    torch.manual_seed(0)
+    backbone, right = TinyBackbone(), []
+    head = nn.Linear(backbone.channels[-1], len(SHAPES))
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], 1e-3)
+    images = ShapesDataset(length=16 * steps, seed=2 ** 31 - 1)
+    for batch in train_loader(images, 16, steps, workers):
+        corners = [box_convert(x, 'cxcywh', 'xyxy') * images.size for x in batch.gt_boxes]
+        crops = roi_align(batch.images, corners, 32, aligned=True)  # (sum of M_b, 3, 32, 32)
+        logits, labels = head(backbone(crops)[-1].flatten(1)), torch.cat(batch.gt_labels)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        right += (logits.argmax(1) == labels).tolist()
+    # Every image comes once, so these shapes were unseen.
+    print(f'{path}: accuracy of the last 3000 shapes {sum(right[-3000:]) / 3000:.1%}')
+    model = {f'backbone.{name}': x for name, x in backbone.state_dict().items()}
+    replace(Path(path), lambda part: torch.save({'model': model}, part))
+
+
 def processes():
     """-> rank, world, number of the GPU, from the variables that torchrun sets.
 
@@ -626,27 +641,18 @@ def processes():
     raise UserError(f'{text}: unset these, or use torchrun')
 
 
-def join_processes(model, machine):
-    """The model, which exchanges gradients with other processes if there are any."""
-    if machine.world == 1:
-        return model
-    on_gpu = machine.device.type == 'cuda'
-    dist.init_process_group('nccl' if on_gpu else 'gloo')
-    return DistributedDataParallel(model, device_ids=[machine.device] if on_gpu else None)
-
-
-def describe(settings, folder, layers, plan, start, machine):
+def describe(settings, folder, plan, start, machine):
     """Print what will happen: steps, settings beyond the defaults, groups."""
-    scheme = scheme_of(settings)
     plain = complete({name: settings[name] for name in ('model', 'data')})
     print(f'{folder}: steps {start} to {plan.steps} of {plan.step_images} images on',
           machine.device, *(flag(name, value) for name, value in settings.items()
                             if value not in (None, plain.get(name))))
-    for progress in (0.0, 1 - 1 / plan.steps):  # first and last step
-        groups = query_groups(layers=layers, progress=progress, **scheme)
-        for group in dict.fromkeys(groups):  # equal groups once
+    # First and last step. Equal groups are printed once.
+    for progress in (0.0, 1 - 1 / plan.steps):
+        groups = query_groups(progress=progress, **scheme_of(settings))
+        for group in dict.fromkeys(groups):
             print(f'  at {progress:.0%}: {groups.count(group)} x {group}')
-    positives = expected_positives(layers=layers, epochs=plan.steps / plan.epoch, **scheme)
+    positives = expected_positives(epochs=plan.steps / plan.epoch, **scheme_of(settings))
     print(f'  positives of a ground truth in all: {positives:.4g}')
 
 
@@ -680,11 +686,11 @@ class Journal:
             text = ''.join(json.dumps(record) + '\n' for record in records)
             replace(self.file, lambda part: part.write_text(text))
 
-    def finite_means(self, models):
-        """-> the means of the last steps' numbers.
+    def log(self, done, optimizer, models):
+        """Write the means of the last steps: -> those to be shown.
 
-        Raises UserError for a number or a weight that is not
-        finite.
+        Under torchrun, the first process writes its own. Raises
+        UserError for a number or a weight that is not finite.
         """
         # (steps, numbers), in one copy from the GPU.
         table = torch.stack([torch.stack([*numbers.values()]).float()
@@ -692,18 +698,9 @@ class Journal:
         for row, column in (~table.isfinite()).nonzero().tolist():
             step, numbers, images = self.recent[row]
             raise failed(step, f'{list(numbers)[column]} is not finite (lower --lr?)', images)
-        for weight in (x for model in models for x in model.state_dict().values()):
-            if not weight.isfinite().all():
-                step, _, images = self.recent[-1]
-                raise failed(step, 'a weight is not finite (lower --lr?)', images)
-        return dict(zip(self.recent[0][1], table.mean(0).tolist()))
-
-    def log(self, done, optimizer, models):
-        """Write the means of the last steps: -> those to be shown.
-
-        Under torchrun, the first process writes its own.
-        """
-        mean, plan = self.finite_means(models), self.plan
+        if not all(x.isfinite().all() for model in models for x in model.state_dict().values()):
+            raise failed(done - 1, 'a weight is not finite (lower --lr?)', self.recent[-1][2])
+        mean, plan = dict(zip(self.recent[0][1], table.mean(0).tolist())), self.plan
         norm, pairs, matched, iou, score, best = (mean.pop(name) for name in (
             'gradient_norm', 'pairs', 'matched', 'iou', 'score', 'best_unmatched'))
         # Perhaps no image had an object.
@@ -715,7 +712,8 @@ class Journal:
             'loss': sum(mean.values()), **mean, 'gradient_norm': norm,
             # Mean of sums over mean of counts: every pair counts the same.
             'matched_iou': iou / matched, 'matched_score': score / matched,
-            'best_unmatched_score': best / (images / plan.batch_size),  # mean over batches
+            # Mean over batches.
+            'best_unmatched_score': best / (images / plan.batch_size),
             'positives': pairs / images, 'lr': optimizer.param_groups[0]['lr'],
             'images_per_second': plan.step_images / seconds, 'seconds_per_step': seconds,
             'memory_gb': evaluation.peak_memory(self.machine.device)}
@@ -726,29 +724,28 @@ class Journal:
 
     def evaluate(self, done, model, val_set, settings):
         """Evaluate the model after `done` steps, print and write the result."""
-        plan, machine, n = self.plan, self.machine, settings['unstable']
+        machine, ids = self.machine, val_set.categories.ids
         if machine.world > 1:
             # Each process has its own batch norm. The first one's counts.
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        ids = val_set.categories.ids
         metrics, _, _ = evaluation.evaluate(
-            model, val_set, ids, batch_size=plan.batch_size, workers=machine.workers,
-            table=done == plan.steps)
-        if n and machine.rank == 0:
-            metrics['unstable'] = evaluation.unstable_score(
-                model, val_set, ids, n, evaluation.cost_of(settings))
+            model, val_set, ids, batch_size=self.plan.batch_size, workers=machine.workers,
+            table=done == self.plan.steps)
         if machine.rank == 0:
+            if settings['unstable']:
+                metrics['unstable'] = evaluation.unstable_score(
+                    model, val_set, ids, settings['unstable'], evaluation.cost_of(settings))
             tqdm.write(f'step {done}: {evaluation.one_line(metrics)}')
         self.write(done, metrics)
 
     def write(self, done, record):
         """Append a line to metrics.jsonl. The clock of the steps starts anew."""
         if self.machine.rank == 0:
-            epoch = round(done / self.plan.epoch, 3)
+            record = {'step': done, 'epoch': round(done / self.plan.epoch, 3), **record}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open(self.mode) as file:
-                file.write(json.dumps({'step': done, 'epoch': epoch, **record}) + '\n')
+                file.write(json.dumps(record) + '\n')
             self.mode = 'a'
         self.since = time.perf_counter()
 
@@ -792,12 +789,10 @@ def restore(checkpoint, model, average, optimizer):
     parameters = [x for group in optimizer.param_groups for x in group['params']]
     for index, parameter in enumerate(parameters):
         saved = checkpoint['optimizer']['state'][index]
-        # Fresh tensors: the fused optimizer never meets foreign
-        # memory.
-        moments = {name: torch.zeros_like(parameter).copy_(saved[name])
-                   for name in ('exp_avg', 'exp_avg_sq')}
-        count = torch.zeros((), device=parameter.device).copy_(saved['step'])
-        optimizer.state[parameter] = {'step': count, **moments}
+        # Fresh tensors: the fused optimizer meets no foreign memory.
+        state = {'step': torch.zeros((), device=parameter.device),
+                 'exp_avg': torch.zeros_like(parameter), 'exp_avg_sq': torch.zeros_like(parameter)}
+        optimizer.state[parameter] = {name: x.copy_(saved[name]) for name, x in state.items()}
     return int(checkpoint['step'])
 
 
@@ -819,10 +814,10 @@ def read_run(folder, given):
         value = pick(value, settings['model'] == 'tiny')
         # The data may have moved.
         if name != 'data' and settings.get(name) != value:
-            raise UserError(f'{flag(name, value)}: {folder} has {settings.get(name)}, and '
-                            'keeps it; --init starts anew')
-    data = evaluation.data_of(settings, given.get('data'), folder)
-    return settings | {'data': data}, checkpoint
+            raise UserError(f'{flag(name, value)}: {folder} keeps {settings.get(name)}; '
+                            '--init starts anew')
+    settings['data'] = evaluation.data_of(settings, given.get('data'), folder)
+    return settings, checkpoint
 
 
 def new_folder(out, scheme):
@@ -841,8 +836,7 @@ def new_folder(out, scheme):
 
 # --- Ctrl-C and SIGTERM ---
 
-# The numbers of the signals so far. `docker stop` and SLURM send
-# SIGTERM.
+# The signals so far. `docker stop` and SLURM send SIGTERM.
 INTERRUPTS = []
 
 
@@ -859,12 +853,6 @@ def note_interrupt(number, _frame):
         raise KeyboardInterrupt
 
 
-def stop(folder, done):
-    print(f'\nstopped after step {done}: python train.py --resume '
-          f'{shlex.quote(str(folder))} goes on')
-    sys.exit(128 + INTERRUPTS[0])
-
-
 # --- The command ---
 
 def parse(argv=None):
@@ -876,6 +864,8 @@ def parse(argv=None):
     add('--device', choices=evaluation.DEVICES, default=evaluation.DEVICES[-1])
     add('--out', help='folder of the run (default runs/SCHEME, or the next free)')
     add('--resume', metavar='RUN', help='go on with the run in this folder')
+    add('--pretrain-backbone', metavar='FILE',
+        help="only train tiny's backbone on single shapes, for --init-part backbone")
     add('--samples', metavar='FILE', help='only draw what this run would train on')
     add('--amp', action=argparse.BooleanOptionalAction,
         help='forward pass in bfloat16 (default where CUDA computes in it)')
@@ -888,9 +878,9 @@ def parse(argv=None):
 def main(argv=None):
     given, machine = parse(argv)
     machine.rank, machine.world, local_rank = processes()
-    machine.device = torch.device(machine.device)
-    if machine.device.type == 'cuda':
-        machine.device = torch.device('cuda', local_rank)
+    machine.on_gpu = machine.device == 'cuda'
+    machine.device = torch.device(f'cuda:{local_rank}' if machine.on_gpu else 'cpu')
+    if machine.on_gpu:
         torch.cuda.set_device(machine.device)
         # TF32 in training.
         torch.set_float32_matmul_precision('high')
@@ -902,10 +892,11 @@ def main(argv=None):
     else:
         settings, checkpoint = complete(given), None
         folder = new_folder(machine.out, settings['scheme'])
-    if machine.samples:
+    if machine.pretrain_backbone:
+        pretrain_backbone(machine.pretrain_backbone, machine.workers)
+    elif machine.samples:
         evaluation.check_target('samples', machine.samples, '.png')
-        train_set, _ = open_data(settings)
-        evaluation.draw_samples(train_set, machine.samples)
+        evaluation.draw_samples(open_data(settings)[0], machine.samples)
     else:
         train(settings, folder, checkpoint, machine)
 
