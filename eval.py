@@ -7,7 +7,7 @@
     python eval.py --compare runs/a-1 runs/a-2 runs/b-1 --curves ap.png
 
 Read `detections`, `detect`, `average_precision` and `evaluate` first.
-Every other function stands alone.
+All others are measures and pictures.
 
 Letters as in matchers.py. A `model` is a HybridDETR, a `dataset` is one
 of data.py, `ids` are the category ids of the model's class columns.
@@ -399,8 +399,8 @@ def evaluate(model, dataset, ids, *, batch_size, workers, nms=None, group=0, tab
              curve=None):
     """Detect and measure -> {name: number}, {category id: AP}, rows.
 
-    The numbers are those of `average_precision` and five more.
-    `parameters` counts millions.
+    The numbers are those of `average_precision`, duplicates, AP_nms,
+    millions of parameters, gflops, inference_images_per_second.
     Under torchrun only the first process has numbers, others {}.
     """
     (rows, nms_rows), speed = detect(model, dataset, ids, batch_size=batch_size,
@@ -448,7 +448,7 @@ def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=
             query = torch.full((L + 1, sum(map(len, labels))), -1, device=device)
             query[0, encoder.gt] = encoder.query
             query[decoder.layer + 1, decoder.gt] = decoder.query
-            query = query[k == 0:]
+            query = query if k else query[1:]
             changed = changed + (query[1:] != query[:-1]).sum(1)
             objects += query.shape[1]
     return (100 * changed / objects).tolist() if objects else []
@@ -527,25 +527,24 @@ def draw_matches(model, dataset, ids, path, index, cost=Cost()):
     """Save a PNG of one image: how four schemes match the same predictions.
 
     The predictions are the first group's in its last layer. Objects are
-    orange. A matched query has its object's number and its group's colour.
-    A one-stage model with groups has a panel for each of 4 objects, with
-    its queries in all groups and their reference points as dots (Group
-    DETR Fig. 3).
-    Raises UserError for fewer than 1 object or 4 queries.
+    orange. A matched query has its object's number, its group's colour.
+    One-stage groups: a panel for each of 4 objects has its query in each
+    group, and the reference point of the query (Group DETR Fig. 3).
+    Raises UserError below 1 object or 4 queries.
     """
     batch = collate([dataset[0, index]])
     gt_boxes, = batch.gt_boxes
     M, N = len(gt_boxes), model.groups[0]
-    if not M or N < 4:
-        raise UserError(f'--matches needs 1 object and 4 queries: there are {M} and {N}')
-    own = [QueryGroup(n, (1,)) for n in model.groups[:1 if model.two_stage else None]]
+    own = [QueryGroup(n, (1,)) for n in (model.groups[:1] if model.two_stage else model.groups)]
+    if not M or len(own) == 1 and N < 4:
+        raise UserError(f'--matches needs 1 object, 4 queries: there are {M} and {N}')
     if len(own) > 1:
         panels = [(f'object {m} in each group', own, [m]) for m in range(M)[:4]]
     else:
         n = N // 4
         schemes = dict(one2one=dict(n=N), one2many=dict(n=N, K=3),
                        branch=dict(n=n, T=N - n, K=3), group=dict(n=n, G=4))
-        panels = [(' '.join([scheme, *map(flag, numbers, numbers.values())]),
+        panels = [(' '.join([scheme, *(flag(*item) for item in numbers.items())]),
                    query_groups(scheme, 1, **numbers), range(M))
                   for scheme, numbers in schemes.items()]
     with evaluating(model) as device:
@@ -563,11 +562,11 @@ def draw_matches(model, dataset, ids, path, index, cost=Cost()):
         matches = assign([cost], groups)
         kept = torch.isin(matches.gt, torch.tensor(objects))
         queries, gt = matches.query[kept], matches.gt[kept].tolist()
-        # The objects, the matched queries, their dots, a frame with a title.
+        # Objects, matched queries, their dots, a frame with a title.
         shown = torch.cat([gt_boxes, *boxes.cpu()[:, queries], frame])
-        colours = [4] * M + [group_of[q] for q in queries] * len(boxes) + [6]
+        colours = [(0, 1, 2, 3, 5)[group_of[q] % 5] for q in queries] * len(boxes)
         texts = [*map(str, [*range(M), *gt]), *[''] * len(gt) * (len(boxes) - 1), title]
-        pictures.append(draw_boxes(batch.images[0], shown, colours, texts))
+        pictures.append(draw_boxes(batch.images[0], shown, [4] * M + colours + [6], texts))
     save_grid(pictures, 2, path)
 
 
@@ -721,7 +720,7 @@ def flag(name: str, value=None) -> str:
 
 
 def check_target(name: str, path: str, ending: str):
-    """Raise UserError for a file that cannot be written. Change no file."""
+    """Raise UserError for a file that cannot be written."""
     if Path(path).suffix != ending:
         raise UserError(f'{flag(name, path)}: must end in {ending}')
     try:
@@ -767,7 +766,7 @@ def parse(argv=None):
     add('--pictures', type=number(int, 0, 1000),
         help='draw N images and what is found (8 with --images)')
     add('--picture-file', help='PNG for --pictures (default predictions.png)')
-    add('--matches', help='PNG: how four schemes, or all one-stage groups, match an image')
+    add('--matches', help='PNG: how four schemes, or one-stage groups, match an image')
     add('--image', type=count, help='image of --matches (default 0)')
     add('--compare', nargs='+', metavar='RUN',
         help='print a table of runs; NAME-1, NAME-2, .. are one row')

@@ -39,8 +39,8 @@ from torchvision.ops import FrozenBatchNorm2d
 class Outputs(NamedTuple):
     """Predictions of the decoder and the encoder; classes are logits without a background column.
 
-    The encoder is one more "layer" of E groups. Its class column 0 means "object" and ranks the
-    tokens. Its other columns learn background, and are kept for the official checkpoints.
+    The encoder is one more "layer" of E groups, empty in one stage. Its class column 0 means
+    "object" and ranks the tokens. The others learn background, as in the official checkpoints.
     """
     pred_logits: Tensor  # (L, B, N, C); with softmax (L, B, N, C+1), the last is "no object"
     pred_boxes: Tensor  # (L, B, N, 4); in training N includes the denoising queries
@@ -428,7 +428,7 @@ class HybridDETR(nn.Module):
 
     groups: queries of each group. H-DETR's hybrid branch has (300, 1500), Group DETR (300,) * 11.
     two_stage=False: position code and content of a query are learned. A linear layer turns the code
-        into the point where the query starts (Deformable DETR §4.1). Nothing proposes or selects.
+        into the point where the query starts (Deformable DETR §4.1).
     selection: 'ranks' has one pair of encoder heads, 'heads' and 'distinct' have one per group; see
         `select`.
     separate_attention=False: all groups of a training step see each other (Group DETR Table 7 c).
@@ -505,10 +505,9 @@ class HybridDETR(nn.Module):
         decoder_class_head = nn.Linear(width, num_classes + 1) if softmax else class_head
         self.class_heads = clones(decoder_class_head, decoder_layers)
         self.box_heads = clones(box_head, decoder_layers)
-        self.encoder_heads = 1 if selection == 'ranks' else len(groups)  # E
-        heads = self.encoder_heads if two_stage else 0
-        self.encoder_class_heads = clones(class_head, heads)
-        self.encoder_box_heads = clones(box_head, heads)
+        encoder_heads = (1 if selection == 'ranks' else len(groups)) if two_stage else 0
+        self.encoder_class_heads = clones(class_head, encoder_heads)
+        self.encoder_box_heads = clones(box_head, encoder_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -590,7 +589,7 @@ class HybridDETR(nn.Module):
             box_logits = tokens.new_zeros(B, 1, 0, 4)
             position, content = learned.chunk(2, -1)
             point = self.reference_points(position).to(position).sigmoid()  # (B, n, 2)
-            # The logit of 0.5 is 0, so the first box head alone decides width and height.
+            # The logit of 0.5 is 0: the first box head alone decides the size.
             start = torch.cat([point, torch.full_like(point, 0.5)], -1)
             boxes = torch.cat([start, *noisy], 1)  # (B, N, 4)
             position = torch.cat([position, *(self.code(x)[0] for x in noisy)], 1)
@@ -740,7 +739,7 @@ class HybridDETR(nn.Module):
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
             in_maps = reference[:, :, None] * ratios  # (B, N, V, 4)
             if layer is self.decoder[0] and not self.two_stage:
-                # Offsets from a point count in cells. So do those from a box of 2J cells.
+                # Offsets from a point count in cells, as those from a box of 2J cells.
                 cells = torch.tensor([(w, h) for h, w in where.shapes])
                 size = 2 * layer.cross_attention.points / cells  # (V, 2)
                 in_maps[:, :sum(sizes), :, 2:] = size.to(boxes.device, non_blocking=True)
@@ -831,7 +830,7 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
 
     state_dict: the checkpoint's 'model'. The shapes tell layers, widths, classes, levels and the
     ResNet. 8 heads are assumed, as in every official file. The class columns stay COCO's raw
-    category ids 0..90. A one-stage checkpoint has `transformer.reference_points`.
+    category ids 0..90.
     Raises ValueError that names an entry which is unknown, missing, or has another shape or value.
     """
     def shape(name: str) -> torch.Size:
@@ -866,11 +865,12 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
                              f'{tuple(value.shape)}')
         loaded[ours] = state_dict[name]
         unknown.discard(name)
-        # The official decoder lists heads once more.
-        alias = f'transformer.decoder.{name}'
-        if not torch.equal(state_dict.get(alias, state_dict[name]), state_dict[name]):
-            raise ValueError(f'entry {alias} differs from {name}, of which it is an alias')
-        unknown.discard(alias)
+        # The decoder lists the heads again (one-stage: box heads).
+        if name.startswith('bbox_embed') or model.two_stage and name.startswith('class_embed'):
+            alias = f'transformer.decoder.{name}'
+            if shape(alias) != value.shape or not torch.equal(state_dict[alias], state_dict[name]):
+                raise ValueError(f'entry {alias} differs from {name}, of which it is an alias')
+            unknown.discard(alias)
     if unknown:
         raise ValueError(f'unknown entry {min(unknown)} ({len(unknown)} in all)')
     model.load_state_dict(loaded)

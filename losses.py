@@ -213,9 +213,10 @@ def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> 
     of_images = []
     for b, gt in enumerate(gt_boxes):
         iou = box_iou(xyxy[:, b].flatten(0, 1), box_convert(gt, 'cxcywh', 'xyxy'))  # (L*N, M)
-        of_groups = iou.view(len(xyxy), -1, len(gt)).split(sizes, 1)  # G x (L, n, M)
+        iou = iou.view(len(xyxy), boxes.shape[2], len(gt))
         # The padding is the 0 of a group or an image without boxes.
-        of_groups = [F.pad(part.flatten(1), (1, 0)).amax(1) for part in of_groups]  # G x (L,)
+        of_groups = [F.pad(part.flatten(1), (1, 0)).amax(1)  # (L, n * M) -> (L,)
+                     for part in iou.split(sizes, 1)]
         of_images.append(torch.stack(of_groups, 1))
     return torch.stack(of_images, 1)
 

@@ -86,7 +86,7 @@ SETTINGS = {
         {name: Row(None, *row, kind=query_groups.__annotations__[name])
          for name, row in NUMBER_HELP.items()},
         selection=Row(
-            lambda s: 'heads' if s['scheme'] == 'group' else 'ranks',
+            lambda s: 'heads' if s['scheme'] == 'group' and not s['one_stage'] else 'ranks',
             'proposals of a group: ranks, the next of one head (H-DETR); heads, the best of '
             'its own head (Group DETR A.2; default of group); distinct, as heads, but none '
             'of an earlier group (H-DETR App. D)', choices=('ranks', 'heads', 'distinct'),
@@ -288,7 +288,6 @@ def train(settings, folder, checkpoint, machine):
     folder: where the run is written. checkpoint: the content of a
     resumed run's file, or None.
     """
-    # For the initial weights.
     torch.manual_seed(settings['seed'])
     train_set, val_set = open_data(settings)
     conditions = conditions_of(checkpoint, folder, train_set, machine)
@@ -302,7 +301,8 @@ def train(settings, folder, checkpoint, machine):
         parallel = DistributedDataParallel(
             model, device_ids=[machine.device] if machine.on_gpu else None)
     plan, accumulate = Plan(settings, conditions['images'], machine.world), settings['accumulate']
-    loss = LossSettings(*map(settings.get, LossSettings._fields[:5]), settings['official_losses'])
+    loss = LossSettings(*(settings[name] for name in LossSettings._fields[:5]),
+                        settings['official_losses'])
     recipe = Recipe(evaluation.cost_of(settings), loss, settings['denoising'], accumulate,
                     conditions['amp'])
     loader = iter(train_loader(
@@ -335,10 +335,8 @@ def train(settings, folder, checkpoint, machine):
         optimizer.zero_grad()
         # name -> sum over the batches of this step
         numbers = {}
-        # One batch at a time keeps its activations.
         for i, batch in enumerate(batches):
-            # So DistributedDataParallel exchanges gradients once a
-            # step.
+            # So gradients are exchanged once a step.
             parallel.require_backward_grad_sync = i == accumulate - 1
             try:
                 parts, stats = loss_of(parallel, batch.to(machine.device), groups, recipe,
@@ -403,7 +401,8 @@ def loss_of(model, batch, groups, recipe, num_boxes):
     FloatingPointError for predictions that are not finite.
     """
     detector = getattr(model, 'module', model)
-    truths, noised = (batch.gt_labels, batch.gt_boxes), None
+    truths = batch.gt_labels, batch.gt_boxes
+    noised = None
     if recipe.denoising:
         noised = denoising_queries(*truths, detector.num_classes, recipe.denoising)
         groups = [*groups, noised.query_group(len(detector.decoder))]
@@ -414,7 +413,7 @@ def loss_of(model, batch, groups, recipe, num_boxes):
     outputs = Outputs(*(x.float() for x in outputs))
     # The encoder's proposals are matched and trained as well: the
     # best of them become queries.
-    heads = detector.encoder_heads  # E
+    heads = max(1, len(detector.encoder_class_heads))  # E, or 1 without tokens
     tokens = outputs.encoder_logits.shape[2] // heads  # S
     proposals = encoder_groups(groups, heads, tokens)  # how E*S is cut
     matches, encoder_matches = match(*outputs, *truths, groups, proposals, recipe.cost)
@@ -479,7 +478,10 @@ def update_average(average, model, step, decay, warmup):
     d = decay * (1 - math.exp(-step / warmup))
     # state_dict() holds the tensors themselves, not copies.
     for mean, new in zip(average.state_dict().values(), model.state_dict().values()):
-        mean.copy_(mean.lerp(new, 1 - d) if mean.is_floating_point() else new)
+        if mean.is_floating_point():
+            mean.lerp_(new, 1 - d)
+        else:
+            mean.copy_(new)
 
 
 # --- The start of a run ---
@@ -489,7 +491,8 @@ def open_data(settings):
 
     Raises UserError if their categories differ.
     """
-    name, size, flip, seed = map(settings.get, ('data', 'image_size', 'vertical_flip', 'seed'))
+    name, size, flip, seed = (settings[key] for key in (
+        'data', 'image_size', 'vertical_flip', 'seed'))
     train_set = val_set = open_dataset(name, 'train', size, True, flip, seed, settings['overfit'])
     if not settings['overfit']:
         val_set = open_dataset(name, 'val', size, seed=seed)
@@ -509,7 +512,6 @@ def conditions_of(checkpoint, folder, train_set, machine):
     keep their length. Raises UserError if anything else differs.
     """
     amp, categories = machine.amp, train_set.categories
-    # By default where the GPU computes in bfloat16 itself.
     if amp is None:
         amp = checkpoint['amp'] if checkpoint else (
             machine.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -616,8 +618,10 @@ def pretrain_backbone(path, workers, steps=300):
         nn.functional.cross_entropy(logits, labels).backward()
         optimizer.step()
         right += (logits.argmax(1) == labels).tolist()
-    # Every image comes once, so these shapes were unseen.
-    print(f'{path}: accuracy of the last 3000 shapes {sum(right[-3000:]) / 3000:.1%}')
+        if INTERRUPTS:
+            raise KeyboardInterrupt
+    # No image came twice: the shapes were unseen.
+    print(f'{path}: accuracy of the last shapes {torch.tensor(right[-3000:]).float().mean():.1%}')
     model = {f'backbone.{name}': x for name, x in backbone.state_dict().items()}
     replace(Path(path), lambda part: torch.save({'model': model}, part))
 
@@ -634,9 +638,8 @@ def processes():
     if values['WORLD_SIZE'] == '1':
         return 0, 1, 0
     if address and all(map(str.isdecimal, numbers)):
-        world, rank, local_rank, port = map(int, numbers)
-        if rank < world and port < 65536:
-            return rank, world, local_rank
+        world, rank, local_rank, _ = map(int, numbers)
+        return rank, world, local_rank
     text = ' '.join(f'{name}={value}' for name, value in values.items())
     raise UserError(f'{text}: unset these, or use torchrun')
 
@@ -689,8 +692,7 @@ class Journal:
     def log(self, done, optimizer, models):
         """Write the means of the last steps: -> those to be shown.
 
-        Under torchrun, the first process writes its own. Raises
-        UserError for a number or a weight that is not finite.
+        Raises UserError for a number or a weight that is not finite.
         """
         # (steps, numbers), in one copy from the GPU.
         table = torch.stack([torch.stack([*numbers.values()]).float()
@@ -865,7 +867,7 @@ def parse(argv=None):
     add('--out', help='folder of the run (default runs/SCHEME, or the next free)')
     add('--resume', metavar='RUN', help='go on with the run in this folder')
     add('--pretrain-backbone', metavar='FILE',
-        help="only train tiny's backbone on single shapes, for --init-part backbone")
+        help="only train tiny's backbone, on single shapes")
     add('--samples', metavar='FILE', help='only draw what this run would train on')
     add('--amp', action=argparse.BooleanOptionalAction,
         help='forward pass in bfloat16 (default where CUDA computes in it)')
@@ -893,6 +895,8 @@ def main(argv=None):
         settings, checkpoint = complete(given), None
         folder = new_folder(machine.out, settings['scheme'])
     if machine.pretrain_backbone:
+        if given:
+            raise UserError(f'{flag(min(given))}: not with --pretrain-backbone')
         pretrain_backbone(machine.pretrain_backbone, machine.workers)
     elif machine.samples:
         evaluation.check_target('samples', machine.samples, '.png')
