@@ -427,7 +427,7 @@ def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=
 
     The first n_images count (Stable-DINO §2.4.3, Fig. 3).
     Before layer 1 comes the encoder, whose proposal i is the start of
-    query i. A one-stage model starts with layer 2 instead.
+    query i. A one-stage model has no number for layer 1.
     The first group is matched one-to-one, its proposals with all labels 0.
     """
     changed, objects = 0, 0  # changed becomes (L,)
@@ -439,7 +439,7 @@ def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=
             L, _, n, _ = outputs.pred_logits.shape
             # The proposals of the queries, as in `HybridDETR.select`.
             k = min(n, outputs.encoder_logits.shape[2])  # one-stage: 0
-            chosen = outputs.encoder_logits[..., 0].topk(k).indices[..., None]  # (1, B, n, 1)
+            chosen = outputs.encoder_logits[..., 0].topk(k).indices[..., None]  # (1, B, k, 1)
             proposals = [x.take_along_dim(chosen, 2) for x in outputs[2:]]
             labels = [columns[x] for x in batch.gt_labels]
             decoder, encoder = match(*outputs[:2], *proposals, labels, batch.gt_boxes,
@@ -528,8 +528,8 @@ def draw_matches(model, dataset, ids, path, index, cost=Cost()):
 
     The predictions are the first group's in its last layer. Objects are
     orange. A matched query has its object's number, its group's colour.
-    One-stage groups: a panel for each of 4 objects has its query in each
-    group, and the reference point of the query (Group DETR Fig. 3).
+    With one-stage groups, a panel shows one object, its query in each
+    group, and the reference points of these (Group DETR Fig. 3).
     Raises UserError below 1 object or 4 queries.
     """
     batch = collate([dataset[0, index]])
@@ -562,10 +562,10 @@ def draw_matches(model, dataset, ids, path, index, cost=Cost()):
         matches = assign([cost], groups)
         kept = torch.isin(matches.gt, torch.tensor(objects))
         queries, gt = matches.query[kept], matches.gt[kept].tolist()
-        # Objects, matched queries, their dots, a frame with a title.
+        # Objects (4: orange), queries, dots, a frame with a title.
         shown = torch.cat([gt_boxes, *boxes.cpu()[:, queries], frame])
         colours = [(0, 1, 2, 3, 5)[group_of[q] % 5] for q in queries] * len(boxes)
-        texts = [*map(str, [*range(M), *gt]), *[''] * len(gt) * (len(boxes) - 1), title]
+        texts = [*map(str, [*range(M), *gt, *[''] * (len(colours) - len(gt))]), title]
         pictures.append(draw_boxes(batch.images[0], shown, [4] * M + colours + [6], texts))
     save_grid(pictures, 2, path)
 
@@ -766,7 +766,7 @@ def parse(argv=None):
     add('--pictures', type=number(int, 0, 1000),
         help='draw N images and what is found (8 with --images)')
     add('--picture-file', help='PNG for --pictures (default predictions.png)')
-    add('--matches', help='PNG: how four schemes, or one-stage groups, match an image')
+    add('--matches', help='PNG: matches by four schemes; one-stage: in each group')
     add('--image', type=count, help='image of --matches (default 0)')
     add('--compare', nargs='+', metavar='RUN',
         help='print a table of runs; NAME-1, NAME-2, .. are one row')

@@ -40,7 +40,7 @@ class Outputs(NamedTuple):
     """Predictions of the decoder and the encoder; classes are logits without a background column.
 
     The encoder is one more "layer" of E groups, empty in one stage. Its class column 0 means
-    "object" and ranks the tokens. The others learn background, as in the official checkpoints.
+    "object" and ranks the tokens. Other columns learn background, as in official checkpoints.
     """
     pred_logits: Tensor  # (L, B, N, C); with softmax (L, B, N, C+1), the last is "no object"
     pred_boxes: Tensor  # (L, B, N, 4); in training N includes the denoising queries
@@ -482,7 +482,7 @@ class HybridDETR(nn.Module):
             nn.Sequential(nn.Linear(maps * width, width), nn.LayerNorm(width))
             for maps in joined[fusion])
         self.decoder = clones(DecoderLayer(*layer), decoder_layers)
-        # Learned of each query: the content; in one stage the position code, then the content.
+        # Learned per query: the content; in one stage the position code and the content.
         self.query_embed = None
         if mixed_selection or not two_stage:
             numbers = width if two_stage else 2 * width
@@ -569,7 +569,7 @@ class HybridDETR(nn.Module):
         tokens = self.encode(tokens, where)
 
         # Every query gets a box, a position code and a content. All groups up to `group` propose,
-        # because its proposals may be those that earlier groups leave.
+        # because `group` may take what the earlier groups leave.
         proposing = self.groups if group is None else self.groups[:group + 1]
         sizes = proposing if group is None else proposing[-1:]
         end, matching = sum(proposing), sum(sizes)  # `matching`: without denoising queries
@@ -606,7 +606,7 @@ class HybridDETR(nn.Module):
                        box_logits.sigmoid().flatten(1, 2)[None])
 
     def code(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Where a query looks (position) and what it asks for (content): (B,N,4) -> 2 x (B,N,D)."""
+        """Turn boxes into position code and content of queries: (B,N,4) -> 2 x (B,N,D)."""
         # Each number of a box becomes D/2 sines and cosines.
         code = sine_code(boxes, self.level_embed.shape[1] // 2)  # (B, N, 2D)
         return self.position_proj(code).chunk(2, -1)
@@ -722,8 +722,8 @@ class HybridDETR(nn.Module):
 
         boxes (B,N,4), tokens (B,S,D), content, position (B,N,D) -> (L,B,N,C), (L,B,N,4).
         `sizes` and `denoising_groups` are those of GroupSelfAttention.
-        Each layer has its own heads. The position code stays that of the proposal (official code;
-        DINO renews it in each layer).
+        Each layer has its own heads. All layers have the same position code (official code; DINO
+        renews it in each layer).
 
             box_l  = sigmoid(shift_l + sigmoid^-1(box_(l-1))), box_(l-1) detached (`reference`)
             pred_l = the same number, box_(l-1) not detached (`previous`)
@@ -734,12 +734,12 @@ class HybridDETR(nn.Module):
         pred_logits, pred_boxes = [], []
         # `encode` explains the ratios. They apply to centre and size.
         ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]  # (B, 1, V, 4)
-        # Both have the same values. `reference` has no gradient, `previous` that of one head.
+        # Same values. After layer 1 `reference` has no gradient, `previous` that of one head.
         reference = previous = boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
             in_maps = reference[:, :, None] * ratios  # (B, N, V, 4)
             if layer is self.decoder[0] and not self.two_stage:
-                # Offsets from a point count in cells, as those from a box of 2J cells.
+                # An offset of 1 from a box of 2J cells is one cell, as from a point.
                 cells = torch.tensor([(w, h) for h, w in where.shapes])
                 size = 2 * layer.cross_attention.points / cells  # (V, 2)
                 in_maps[:, :sum(sizes), :, 2:] = size.to(boxes.device, non_blocking=True)

@@ -214,7 +214,7 @@ def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> 
     for b, gt in enumerate(gt_boxes):
         iou = box_iou(xyxy[:, b].flatten(0, 1), box_convert(gt, 'cxcywh', 'xyxy'))  # (L*N, M)
         iou = iou.view(len(xyxy), boxes.shape[2], len(gt))
-        # The padding is the 0 of a group or an image without boxes.
+        # Padding: 0 if a group has no query or an image no box.
         of_groups = [F.pad(part.flatten(1), (1, 0)).amax(1)  # (L, n * M) -> (L,)
                      for part in iou.split(sizes, 1)]
         of_images.append(torch.stack(of_groups, 1))

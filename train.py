@@ -336,7 +336,7 @@ def train(settings, folder, checkpoint, machine):
         # name -> sum over the batches of this step
         numbers = {}
         for i, batch in enumerate(batches):
-            # So gradients are exchanged once a step.
+            # DDP: exchange gradients once a step.
             parallel.require_backward_grad_sync = i == accumulate - 1
             try:
                 parts, stats = loss_of(parallel, batch.to(machine.device), groups, recipe,
@@ -413,7 +413,7 @@ def loss_of(model, batch, groups, recipe, num_boxes):
     outputs = Outputs(*(x.float() for x in outputs))
     # The encoder's proposals are matched and trained as well: the
     # best of them become queries.
-    heads = max(1, len(detector.encoder_class_heads))  # E, or 1 without tokens
+    heads = max(1, len(detector.encoder_class_heads))  # E (one-stage: 1)
     tokens = outputs.encoder_logits.shape[2] // heads  # S
     proposals = encoder_groups(groups, heads, tokens)  # how E*S is cut
     matches, encoder_matches = match(*outputs, *truths, groups, proposals, recipe.cost)
@@ -430,8 +430,8 @@ def boxes_of_step(batches, machine):
     """The number of boxes that divides the loss of a step.
 
     All batches of a step count together, so that every box has the
-    same weight. Several processes take their mean, as for their
-    gradients.
+    same weight. The number is a mean over processes, as gradients
+    are.
     """
     num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
     if machine.world > 1:
@@ -497,7 +497,7 @@ def open_data(settings):
     if not settings['overfit']:
         val_set = open_dataset(name, 'val', size, seed=seed)
     if train_set.most_boxes > settings['n']:
-        print(f'{name}: an image has {train_set.most_boxes} boxes, but {settings["n"]} --queries')
+        print(f'{name}: {train_set.most_boxes} boxes in an image, but {settings["n"]} --queries')
     if difference := train_set.categories.difference(val_set.categories):
         raise UserError(f'{name}: categories of training and validation differ: {difference}')
     if settings['dense_o2o']:
@@ -601,9 +601,9 @@ def load_initial(model, settings):
 
 
 def pretrain_backbone(path, workers, steps=300):
-    """Train tiny's backbone to name shapes, for --init-part backbone.
+    """Train tiny's backbone to classify shapes, and write it for --init.
 
-    They are cut out of images that no run with a lower seed has.
+    They are cut from images that no run with a lower seed has.
     """
     torch.manual_seed(0)
     backbone, right = TinyBackbone(), []
@@ -612,7 +612,7 @@ def pretrain_backbone(path, workers, steps=300):
     images = ShapesDataset(length=16 * steps, seed=2 ** 31 - 1)
     for batch in train_loader(images, 16, steps, workers):
         corners = [box_convert(x, 'cxcywh', 'xyxy') * images.size for x in batch.gt_boxes]
-        crops = roi_align(batch.images, corners, 32, aligned=True)  # (sum of M_b, 3, 32, 32)
+        crops = roi_align(batch.images, corners, 32, aligned=True)  # last map: 1 x 1 cell
         logits, labels = head(backbone(crops)[-1].flatten(1)), torch.cat(batch.gt_labels)
         optimizer.zero_grad()
         nn.functional.cross_entropy(logits, labels).backward()
@@ -867,7 +867,7 @@ def parse(argv=None):
     add('--out', help='folder of the run (default runs/SCHEME, or the next free)')
     add('--resume', metavar='RUN', help='go on with the run in this folder')
     add('--pretrain-backbone', metavar='FILE',
-        help="only train tiny's backbone, on single shapes")
+        help="write tiny's backbone, trained on shapes, for --init")
     add('--samples', metavar='FILE', help='only draw what this run would train on')
     add('--amp', action=argparse.BooleanOptionalAction,
         help='forward pass in bfloat16 (default where CUDA computes in it)')

@@ -1,19 +1,24 @@
-"""Draw the README's pictures of the schemes and of the losses.
+"""Draw the README's pictures of the schemes and of the losses, and final AP over training time.
 
     python .github/figures/draw.py [FOLDER]
+    python .github/figures/draw.py FOLDER RUNS
 
-Writes schemes.png (the toy of matchers.py in every scheme) and losses.png (the curves of losses.py)
-into FOLDER, or beside this file.
+The first command writes schemes.png (the toy of matchers.py in every scheme) and losses.png (the
+curves of losses.py) into FOLDER, or beside this file. The second writes seconds.png, from the runs
+SCHEME-STEPS-SEED in the folder RUNS.
 """
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))   # the root of the project
 
+from eval import line_chart, read_metrics
 from losses import MATCHED, curve
 from matchers import TOY_COST, TOY_ROWS, toy
 
@@ -132,10 +137,34 @@ def draw_losses(path: Path) -> None:
     image.reduce(2).save(path)
 
 
+def draw_seconds(runs: Path, path: Path) -> None:
+    """Draw the final AP of runs over their training time, a line for each scheme.
+
+    The time is the number of steps times the scheme's fastest `seconds_per_step`, since other
+    processes may have slowed a run. A line is a mean over seeds, with the lowest and the highest.
+    """
+    ends, speed = defaultdict(lambda: defaultdict(list)), defaultdict(list)
+    for folder in sorted(runs.iterdir()):
+        scheme, steps, _ = folder.name.split('-')
+        records = read_metrics(folder / 'metrics.jsonl')
+        ends[scheme][int(steps)].append(records[-1]['AP'])
+        speed[scheme] += [x['seconds_per_step'] for x in records if 'seconds_per_step' in x]
+    lines = {}
+    for scheme, lengths in ends.items():
+        steps, aps = zip(*sorted(lengths.items()))
+        lines[scheme] = (min(speed[scheme]) * np.array(steps),
+                         *(np.array([f(seeds) for seeds in aps]) for f in (np.mean, min, max)))
+    line_chart(lines, ('seconds of a whole training', 'AP'), path)
+
+
 if __name__ == '__main__':
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     if not folder.is_dir():
         sys.exit(f'{folder}: is no folder')
-    draw_schemes(folder / 'schemes.png')
-    draw_losses(folder / 'losses.png')
-    print(f'pictures: {folder / "schemes.png"}, {folder / "losses.png"}')
+    if len(sys.argv) > 2:
+        draw_seconds(Path(sys.argv[2]), folder / 'seconds.png')
+        print(f'picture: {folder / "seconds.png"}')
+    else:
+        draw_schemes(folder / 'schemes.png')
+        draw_losses(folder / 'losses.png')
+        print(f'pictures: {folder / "schemes.png"}, {folder / "losses.png"}')
