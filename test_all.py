@@ -1680,7 +1680,8 @@ class TestTraining(Commands):
     def test_every_scheme_overfits_two_images(self):
         for flags in ('one2one', 'branch --T 16 --K 2', 'group --G 2', 'group --G 2 --one-stage',
                       'epoch --K 2 --rho 0.3 --queries 24', 'layer --K 2 --L1 1 --queries 24',
-                      'one2many --K 2 --queries 24', 'stable --denoising 6', 'deim --denoising 6'):
+                      'one2many --K 2 --queries 24 --one-stage', 'stable --denoising 6',
+                      'deim --denoising 6 --one-stage'):
             with self.subTest(flags):
                 out = flags.replace(' ', '')
                 self.train('--overfit 2 --steps 44 --eval-every 44 --ffn 64 --lr 8e-3 --scheme '

@@ -610,7 +610,7 @@ def pretrain_backbone(path, workers, steps=300):
     head = nn.Linear(backbone.channels[-1], len(SHAPES))
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], 1e-3)
     images = ShapesDataset(length=16 * steps, seed=2 ** 31 - 1)
-    for batch in train_loader(images, 16, steps, workers):
+    for batch in tqdm(train_loader(images, 16, steps, workers), total=steps):
         corners = [box_convert(x, 'cxcywh', 'xyxy') * images.size for x in batch.gt_boxes]
         crops = roi_align(batch.images, corners, 32, aligned=True)  # last map: 1 x 1 cell
         logits, labels = head(backbone(crops)[-1].flatten(1)), torch.cat(batch.gt_labels)
