@@ -1678,7 +1678,7 @@ CHANGES = """
 
 class TestTraining(Commands):
     def test_every_scheme_overfits_two_images(self):
-        for flags in ('one2one', 'branch --T 16 --K 2', 'group --G 2', 'group --G 2 --one-stage',
+        for flags in ('one2one', 'branch --T 16 --K 2', 'group --G 2 --one-stage',
                       'epoch --K 2 --rho 0.3 --queries 24', 'layer --K 2 --L1 1 --queries 24',
                       'one2many --K 2 --queries 24 --one-stage', 'stable --denoising 6',
                       'deim --denoising 6 --one-stage'):
