@@ -1,17 +1,17 @@
 """Data sets: shapes that are drawn on the fly, and folders in the COCO layout.
 
-    B images of a batch, M boxes of one image, C classes
+    B images of a batch, H x W pixels, M boxes of one image, C classes
     boxes        (M, 4)  cx, cy, w, h as fractions of the image without its padding
     boxes_xyxy   (M, 4)  x0, y0, x1, y1 in pixels; a `target` holds such boxes
-    labels       (M,)    0..C-1, for any numbering of the ids in the file
+    labels       (M,)    0..C-1, whatever the category ids are
 
 ShapesDataset and CocoFolder share `categories` and:
 
-    dataset[epoch, index]  a Sample; its random draws follow from (seed, epoch, index) alone
+    dataset[epoch, index]  a Sample; its random draws depend on (seed, epoch, index) alone
     load(index)            the stored image, its target {'boxes', 'labels'}, its id and its name
     coco_json()            the annotations, for pycocotools
-    with_boxes             the indices of the images that have boxes to learn
-    most_boxes             at most so many boxes to learn are in an image
+    with_boxes             the indices of the images with boxes that train
+    most_boxes             an upper bound of such boxes in one image
 """
 import atexit
 import difflib
@@ -45,11 +45,11 @@ PATIENCE = 180
 
 
 class UserError(Exception):
-    """An error that the user can correct. The user sees its text, one line."""
+    """An error that the user can correct. Its text is one line."""
 
 
 class Categories:
-    """The one place where category ids become labels 0..C-1, and labels become ids again."""
+    """The two-way map between category ids and labels 0..C-1."""
 
     def __init__(self, ids, names):
         self.ids, self.names = ids, names
@@ -59,7 +59,7 @@ class Categories:
         return len(self.ids)
 
     def difference(self, other) -> str:
-        """Describe the first pair of categories that differ. '' if all are equal."""
+        """Describe the first pair of categories that differ, or return ''."""
         for pair in zip_longest(zip(self.ids, self.names), zip(other.ids, other.names)):
             if pair[0] != pair[1]:
                 return ' and '.join(f'{x[0]} {x[1]!r}' if x else 'none' for x in pair)
@@ -92,7 +92,7 @@ class Batch(NamedTuple):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Pad all images at the bottom and right to the largest height and width of the batch."""
+    """Pad all images at the bottom and right to the largest height and width."""
     height, width = (max(s.image.shape[d] for s in samples) for d in (1, 2))
     images = torch.zeros(len(samples), 3, height, width)
     padding_mask = torch.ones(len(samples), height, width, dtype=torch.bool)
@@ -100,13 +100,13 @@ def collate(samples: list[Sample]) -> Batch:
         _, h, w = sample.image.shape
         image[:, :h, :w] = sample.image
         mask[:h, :w] = False
-    # The lists hold the remaining fields of Batch, in its order.
+    # The lists are the remaining fields of Batch, in order.
     _, *lists = map(list, zip(*samples))
     return Batch(images, padding_mask, *lists)
 
 
 class CocoDataset(Dataset):
-    """What the data sets share. Each one adds:
+    """The common part of the data sets. Each data set adds:
 
     images: a list of (id, name, height, width)
     load(index), and `transforms` for its result
@@ -147,7 +147,7 @@ def pixel_target(boxes_xyxy: np.ndarray, labels: np.ndarray, size) -> dict:
 
 
 def transformed(transforms, seed, image: Image.Image, target):
-    """Return a Sample's image, labels and boxes after transforms that draw from `seed` alone."""
+    """Apply transforms that draw from `seed` alone. Return a Sample's image, labels and boxes."""
     # All transforms draw from the CPU's generator. `torch.manual_seed` would also seed the GPUs.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -167,8 +167,8 @@ def shape_mask(label, w, h):
     x = (2 * np.arange(w) + 1) / w - 1  # (w,)    pixel centres, -1..1
     y = (2 * np.arange(h)[:, None] + 1) / h - 1  # (h, 1)
     radius2 = x * x + y * y  # (h, w)
-    # Half the triangle's width at the lower edge of each row is 1 / h..1. A minimum of 1 / w keeps
-    # the top row filled. The factor 1.01 allows for rounding.
+    # Half the triangle's width grows from 1 / h at the top to 1. The minimum 1 / w keeps the top
+    # row filled. 1.01 allows for rounding.
     half = np.maximum((y + 1) / 2 + 0.5 / h, 1.01 / w)  # (h, 1)
     return {'disc': radius2 <= 1,
             'ring': (radius2 <= 1) & (radius2 >= 0.3),
@@ -181,12 +181,12 @@ def shape_mask(label, w, h):
 def draw_shapes(seed, index, size=128):
     """Draw an image: uint8 (size, size, 3), boxes_xyxy int (M, 4), labels int (M,), M = 1..12.
 
-    Half of the tries put an object beside an earlier object of its class and about its size. Two
-    objects share at most 40 % of the smaller one. Matching schemes differ in such crowds, where two
-    queries want the same object. RandomState is frozen, so the bits are the same everywhere.
+    Half of the tries put an object beside an earlier object of equal class and similar size. Two
+    objects share at most 40 % of the smaller one. Matching schemes differ in such crowds.
+    RandomState is frozen, so the bits are the same everywhere.
     """
     rng = np.random.RandomState([seed, index])
-    # Speed: one call draws all numbers. An image uses at most 699 of them.
+    # Speed: one call draws all uniform numbers. An image uses at most 699 of them.
     uniform = iter(rng.random_sample(1200).tolist()).__next__
 
     def between(low, high):
@@ -213,16 +213,16 @@ def draw_shapes(seed, index, size=128):
         x, y = between(0, size - w), between(0, size - h)
         image[y:y + h, x:x + w] = [between(0, 255) for _ in range(3)]
 
-    # The mean side of an object is low..high pixels. Each side is 0.75..1.25 of it.
+    # Width and height are 0.75..1.25 of a mean side, which is low..high pixels.
     low, high = size * 10 // 128, size * 56 // 128
     placed = []  # (x0, y0, x1, y1, label)
-    # Between 1 and 12 objects are wanted. Small numbers are more frequent.
+    # 1 to 12 objects are wanted. Small numbers are more frequent.
     wanted = 1 + int(12 * uniform() * (0.4 + 0.6 * uniform()))
     for _ in range(6 * wanted):
         if len(placed) == wanted:
             break
         if placed and uniform() < 0.5:
-            # The object is a neighbour of an earlier one. Steps are in sizes of the new object.
+            # Put the object beside an earlier object. Steps are in units of w and h.
             x0, y0, x1, y1, label = placed[int(uniform() * len(placed))]
             w, h = (max(low // 2, int(side * (0.85 + 0.3 * uniform())))
                     for side in (x1 - x0, y1 - y0))
@@ -239,7 +239,7 @@ def draw_shapes(seed, index, size=128):
         if fits(x, y, w, h):
             placed.append((x, y, x + w, y + h, label))
 
-    # Large objects come first, so that no small object is hidden.
+    # Draw large objects first, so that small objects stay visible.
     placed.sort(key=lambda b: -(b[2] - b[0]) * (b[3] - b[1]))
     for x0, y0, x1, y1, label in placed:
         # Each channel is darker or lighter than the texture.
@@ -267,7 +267,7 @@ class ShapesDataset(CocoDataset):
         target = pixel_target(boxes_xyxy, labels, (self.size, self.size))
         return Image.fromarray(image), target, *self.images[index][:2]
 
-    # Speed: only drawing gives the boxes, and every evaluation needs them.
+    # Speed: every evaluation needs the boxes, so they are kept.
     @lru_cache(None)
     def rows(self):
         rows = []
@@ -292,33 +292,33 @@ def random_size_crop(low, high, image: Image.Image, target):
 
 
 def resize_to(size):
-    """Resize to a short side of `size` and a long side of at most 1333 / 800 of it (DETR)."""
+    """Resize to a short side of `size`, and a long side of at most 1333 / 800 * size (DETR)."""
     return v2.Resize(size, max_size=round(size * 1333 / 800))
 
 
 def flips_and_colours(size, vertical_flip):
-    """Return the flips of every training and, for small images, changed colours."""
+    """Return random flips and, for small images, random colour changes."""
     return ([v2.RandomHorizontalFlip()] + [v2.RandomVerticalFlip()] * vertical_flip
             + [v2.RandomPhotometricDistort()] * (size < 480))
 
 
-# Cut boxes at the border, then remove boxes with a side below 1 pixel. The cut comes first, because
-# the removal also drops boxes that end outside by a rounding error.
+# Cut boxes at the border, then remove boxes with a side below 1 pixel. The removal alone would also
+# drop boxes that end outside by a rounding error.
 TIDY_BOXES = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
 def train_transforms(size, vertical_flip=False):
-    """Return DETR's augmentation (and H-DETR's), scaled from 800 to `size`.
+    """Return the augmentation of DETR and H-DETR, scaled from 800 to `size`.
 
     DETR resizes to a short side of 480..800 and a long side of at most 1333. Before that, half of
     the images are resized to a short side of 400, 500 or 600 and cropped to 384..600.
-    A `size` below 480 is for small models that start from scratch. Colours change then, and the
-    short side is at least 640 / 800 of `size`, because objects need pixels.
+    If `size` is below 480, the short side is at least 640 / 800 of `size`, and colours change.
+    Smaller images would lose small objects.
     """
     def scaled(pixels):
         return max(1, round(pixels * size / 800))
     sides = range(640 if size < 480 else 480, 801, 32)
-    # v2.RandomShortestSize rounds down: 427 x 640 resized to 480 has 479.
+    # v2.RandomShortestSize would round down, for example to 479 instead of 480.
     resize = v2.RandomChoice([v2.Resize(scaled(side), max_size=scaled(1333)) for side in sides])
     shrink = v2.RandomChoice([v2.Resize(scaled(side)) for side in (400, 500, 600)])
     crop = partial(random_size_crop, scaled(384), scaled(600))
@@ -329,8 +329,8 @@ def train_transforms(size, vertical_flip=False):
 def as_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB.
 
-    Pixels of 16 or 32 bits are stretched: the 0.1 and 99.9 percentiles of the finite ones become
-    0 and 255. So a faulty pixel changes no other pixel. NaN becomes black.
+    Pixels of 16 or 32 bits are stretched: the 0.1 and 99.9 percentiles of finite pixels become
+    0 and 255, so a few faulty pixels do not matter. NaN becomes black.
     """
     if image.mode.startswith(('I', 'F')):
         pixels = np.asarray(image, dtype=np.float64)
@@ -343,12 +343,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def opened(path):
-    """Open an image file -> image, EXIF orientation (0 unless it exchanges the sides).
+    """Open an image file -> image, EXIF orientation (0 if it keeps width and height).
 
     Any error inside becomes a UserError: Pillow raises many kinds for a broken file.
     """
     try:
-        # From a path, Pillow maps some TIFFs into memory, and turns them wrongly.
+        # From a path, Pillow would turn some TIFFs wrongly.
         with open(path, 'rb') as file, Image.open(file) as image:
             tag = image.getexif().get(ExifTags.Base.Orientation)
             yield image, tag if tag in (5, 6, 7, 8) else 0
@@ -357,10 +357,10 @@ def opened(path):
 
 
 def read_image(path, size=None) -> Image.Image:
-    """Read an image file as RGB, upright: turned as its EXIF orientation says.
+    """Read an image file as RGB, turned as its EXIF orientation says.
 
-    size: annotated (width, height). An image that has it only as stored is not turned.
-    Raises UserError for a file that cannot be read, and for an image too thin to be resized.
+    size: annotated (width, height). An image that has this size only before turning is not turned.
+    Raises UserError for a file that cannot be read, and for a very thin image.
     """
     with opened(path) as (file, orientation):
         image = ImageOps.exif_transpose(file)
@@ -380,7 +380,7 @@ def check_sides(name, width, height):
 def read_annotations(file: Path) -> dict:
     """Return the content of a COCO annotation file. Raise UserError for the first bad entry.
 
-    Whole floats become integers. Optional fields that are null are removed.
+    Whole floats become integers. Optional null fields are removed.
     """
     def number(x, types=(int, float)):  # float64 holds whole numbers below 2^53 exactly
         return type(x) in types and abs(x) < 2 ** 53
@@ -388,7 +388,7 @@ def read_annotations(file: Path) -> dict:
     def listed(kind):
         return lambda x: type(x) is int and x in ids[kind], f'the id of one of the {kind}'
 
-    # Each field has a check and the words for what the check needs.
+    # Each field has a check and the words for its error.
     side = (lambda x: number(x, [int]) and x >= 0, 'a whole number from 0 on')
     own_id = (lambda x: number(x, [int]) and x not in ids[kind],
               'a whole number below 2^53, used once')
@@ -463,8 +463,8 @@ def repeats(rows):
 class CocoFolder(CocoDataset):
     """A folder in one of LAYOUTS. Doubtful entries are counted and printed.
 
-    Boxes are cut at the border of their image for training. Crowds, ignored boxes and boxes
-    without area do not train. The evaluation has all boxes; ignored boxes are crowds there.
+    For training, boxes are cut at the border of the image. Crowds, ignored boxes and boxes
+    without area do not train. The evaluation has all boxes. It treats ignored boxes as crowds.
     training, overfit: see `open_dataset`
     """
 
@@ -482,8 +482,8 @@ class CocoFolder(CocoDataset):
         self.transforms = train_transforms(size, vertical_flip) if augments else resize_to(size)
 
     def check_images(self):
-        """Look for all files. Read the sizes that are missing or 0 from the images."""
-        # Speed: one look finds the files of the folder. Those in subfolders need another.
+        """Check that all files exist. Read missing or zero sizes from the images."""
+        # Speed: one look finds all files outside subfolders.
         present = {entry.name for entry in os.scandir(self.folder) if entry.is_file()}
         missing = [name for _, name, *_ in self.images
                    if name not in present and not (self.folder / name).is_file()]
@@ -502,13 +502,13 @@ class CocoFolder(CocoDataset):
             check_sides(f'{self.file}: the image {name!r}', width, height)
 
     def keep_boxes(self, annotations, overfit, training):
-        """Store A annotations as arrays, sorted by image. T of them train. Report doubts.
+        """Store A annotations as arrays, sorted by image. T annotations train. Report doubts.
 
-        Raises UserError for boxes that cannot be meant, and in training if most are too small.
+        Raises UserError for implausible boxes, and in training if most boxes are too small.
 
         table (A, 8): see `rows`
-        corners (T, 4), labels (T,): first_row[i] up to first_row[i + 1] belong to image i
-        Speed: worker processes share arrays. They copy lists, whose reference counts change.
+        corners (T, 4), labels (T,): rows first_row[i] to first_row[i + 1] - 1 belong to image i
+        Speed: worker processes share arrays, and copy lists.
         """
         index_of = {image[0]: index for index, image in enumerate(self.images)}
         annotations.sort(key=lambda a: index_of[a['image_id']])
@@ -581,9 +581,9 @@ class CocoFolder(CocoDataset):
 
 
 def open_dataset(name, split, size, training=False, vertical_flip=False, seed=0, overfit=0):
-    """Open 'shapes' or a folder: a data set. The split is 'train' or 'val'.
+    """Open the data set 'shapes' or a folder. split: 'train' or 'val'.
 
-    training: augment. overfit: keep the first N images with boxes, unaugmented (0: all).
+    training: augment. overfit: keep the first `overfit` images with boxes, unaugmented (0: all).
     """
     if name == 'shapes':
         length = 8000 if split == 'train' else 500
@@ -597,9 +597,9 @@ def mosaic(images: list[Image.Image], targets: list[dict], size):
     """Place four images with their targets in a 2 x 2 grid on black (DEIM slides).
 
     Each image is resized to a short side of `size` pixels and lies in the top left corner of its
-    quadrant. The largest width and height of the four are the size of all quadrants.
+    quadrant. All quadrants have the largest width and height of the four.
     """
-    # Without a limit, a wide and a high strip together would make a huge canvas.
+    # Without a limit, a wide and a high image would make a huge canvas.
     tiles = list(map(v2.Resize(size, max_size=4 * size), images, targets))
     w, h = (max(tile.size[d] for tile, _ in tiles) for d in (0, 1))
     canvas, boxes = Image.new('RGB', (2 * w, 2 * h)), []
@@ -631,8 +631,8 @@ class DenseOneToOne(Dataset):
     """A training set with several images in one, for more positives per image.
 
     Items are `dataset[epoch, index, dense]`. If `dense` is true, half of the items are mosaics, and
-    half of all items are mixed with another image or mosaic. An item has the objects of up to eight
-    images, so the detector needs enough queries.
+    half of all items are mixed with another image or mosaic.
+    An item has the objects of up to eight images, so the detector needs enough queries.
     """
 
     def __init__(self, dataset, size, vertical_flip=False, seed=0):
@@ -640,7 +640,7 @@ class DenseOneToOne(Dataset):
             raise UserError(f'a mosaic needs four images, and the training set has {len(dataset)}')
         self.dataset, self.categories = dataset, dataset.categories
         self.size, self.seed = size, seed
-        # Objects outside the canvas are lost. Nothing else is cropped (released code).
+        # Objects outside the canvas are lost. There is no other crop (released code).
         affine = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.5, 1.5), fill=0)
         self.transforms = v2.Compose([affine, *flips_and_colours(size, vertical_flip),
                                       resize_to(size), TIDY_BOXES])
@@ -652,7 +652,7 @@ class DenseOneToOne(Dataset):
         epoch, index, dense = key
         if not dense:
             return self.dataset[epoch, index]
-        # The number 1 separates these draws from those of the data set.
+        # The 1 separates these draws from those of the data set.
         rng = np.random.RandomState([self.seed, epoch, index, 1])
         sample = self.plain_or_mosaic(epoch, index, rng)
         if rng.random_sample() < 0.5:
@@ -678,12 +678,13 @@ class DenseOneToOne(Dataset):
 # --- Batches ---
 
 def train_batches(n, batch_size, steps, seed=0, start=0, rank=0, world=1, dense_part=None):
-    """Yield the (epoch, index) pairs of this process for the steps start..steps-1.
+    """Yield this process's batches of (epoch, index) for the steps start..steps-1.
 
-    Position p of the endless stream of images lies in epoch p // n. Every epoch has its own order.
-    A later start gives the images of an uninterrupted run. W processes together get the images of
-    one process with W times the batch. With `dense_part` (see DENSE), the items are triples for
-    DenseOneToOne, whose third index is True in that part of the training.
+    n images make an endless stream. Position p lies in epoch p // n. Every epoch has its own order.
+    A later start gives the images of an uninterrupted run. All processes together get the images
+    of one process with `world` times the batch.
+    With `dense_part` (see DENSE), items are (epoch, index, dense). dense is True in that part of
+    the training.
     """
     # A batch may reach into the next epoch.
     @lru_cache(2)
@@ -716,7 +717,7 @@ def end_workers():
 def batch_loader(dataset, batches, workers, pin=False):
     """Load the given batches once. Raise RuntimeError if none comes for PATIENCE seconds.
 
-    A DataLoader draws a number when it starts. Its own generator leaves torch's unchanged.
+    The loader has its own generator, so that its start leaves torch's unchanged.
     """
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,

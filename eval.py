@@ -7,10 +7,10 @@
     python eval.py --compare runs/a-1 runs/a-2 runs/b-1 --curves ap.png
 
 Read `detections`, `detect`, `average_precision` and `evaluate` first.
-All others are measures and pictures.
+The rest is measures and pictures.
 
-Letters as in matchers.py. A `model` is a HybridDETR, a `dataset` is one
-of data.py, `ids` are the category ids of the model's class columns.
+matchers.py explains the letters. `model` is a HybridDETR, and `dataset`
+one of data.py. `ids` are the category ids of the model's class columns.
 """
 import argparse
 import contextlib
@@ -78,15 +78,15 @@ def read_checkpoint(path: str) -> dict:
 def load_detector(path: str):
     """Load a checkpoint -> the HybridDETR in eval(), Categories, settings.
 
-    An official file has the categories None and the settings {}.
+    For an official file, the categories are None and the settings {}.
     Raises UserError if there is no detector in the file.
     """
     checkpoint = read_checkpoint(path)
     weights = checkpoint['model']
     try:
         if 'architecture' not in checkpoint:
-            # A file of H-Deformable-DETR. Only mixed selection tells the
-            # number of queries. The first 300 are one-to-one.
+            # A file of H-Deformable-DETR. Only mixed selection stores the
+            # number of queries. The first 300 are the detector.
             mixed = 'query_embed.weight' in weights
             n = len(weights['query_embed.weight']) if mixed else 300
             groups = (300, n - 300) if n > 300 else (n,)
@@ -106,7 +106,7 @@ def ids_for(categories, dataset, columns: int) -> list[int]:
     """
     wanted = dataset.categories
     if categories is None:
-        # Official: column c is COCO's raw id c. Column 0 and the gaps are unused.
+        # Official: column c is COCO's raw id c, with unused gaps.
         if max(wanted.ids) >= columns:
             raise UserError(f'the data has category ids above {columns - 1}, the last column')
         return list(range(columns))
@@ -116,9 +116,9 @@ def ids_for(categories, dataset, columns: int) -> list[int]:
 
 
 def data_of(settings, given, run) -> str:
-    """Return `given`, or the data set of a run.
+    """Return `given`, or the data of a run.
 
-    Raises UserError if the folder of the run's data is gone or empty.
+    Raises UserError if the run's data folder is gone or empty.
     """
     data = given or settings['data']
     if not (given or data == 'shapes' or os.path.isdir(data) and os.listdir(data)):
@@ -167,13 +167,13 @@ class ImageFiles(CocoDataset):
 # --- From outputs to detections ---
 
 def detections(outputs: Outputs, sizes: list, top=100, nms=None, softmax=False):
-    """Take the `top` best of the N*C scores of each image in the last layer.
+    """Take the `top` best of an image's N*C scores in the last layer.
 
-    Returns for each image scores (k,) in falling order, class columns
+    Returns for each image: scores (k,) in falling order, class columns
     (k,), boxes_xyxy (k,4) in pixels of the stored image.
-    sizes: its (height, width).
-    nms: IoU from which a better box of its class removes a box. NMS
-    starts from 10 * top, or duplicates would displace other objects.
+    sizes: (height, width) of each stored image.
+    nms: IoU above which a better box of the same class removes a box.
+    NMS starts from 10 * top boxes, since many are duplicates.
     softmax: the model was trained with cross-entropy.
     """
     # AP needs no threshold. A query may appear with several classes.
@@ -195,7 +195,7 @@ def detections(outputs: Outputs, sizes: list, top=100, nms=None, softmax=False):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Put a model into eval() without gradients, yield its device, restore it."""
+    """Switch to eval() without gradients, yield the device, switch back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -223,9 +223,9 @@ def detect(model, dataset, ids, *, batch_size, workers, nms=(None,), group=0):
 
     Rows are float64 (detections, 7): image id, x, y, w, h, score,
     category id. (x, y) is the top left corner in pixels.
-    nms: an IoU or None for each entry. There is one forward pass.
+    nms: an IoU or None for each entry of the list.
     The speed is the median over the batches, without loading.
-    Under torchrun each process takes a share, and all get all rows.
+    Under torchrun each process takes a share, and each gets all rows.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # The empty array: a process may have no images.
@@ -279,7 +279,7 @@ def peak_memory(device):
 def duplicate_rate(rows):
     """Return the share of detections (score > 0.3) that NMS removes.
 
-    Both thresholds are this project's choice.
+    This project chose 0.3 and NMS_IOU.
     """
     rows = torch.from_numpy(rows[rows[:, 5] > 0.3])
     owner = rows[:, [0, 6]].unique(dim=0, return_inverse=True)[1]
@@ -311,7 +311,7 @@ def coco_evaluation(coco_json: dict, rows, only_ap=False):
 
 
 def mean_known(numbers, otherwise=-1.0):
-    """Average the numbers that are known: neither -1 nor nan."""
+    """Average the known numbers (not -1, not nan)."""
     known = numbers[numbers > -1]
     return float(known.mean()) if known.size else otherwise
 
@@ -321,7 +321,7 @@ def average_precision(coco_json: dict, rows, table=False, curve=None):
 
     The names are METRICS, oLRP and its parts. Without ground truth a
     number is -1 (COCO's convention), and the AP of a class is nan.
-    table=True prints the numbers. curve: PNG for precision over recall.
+    table=True prints the numbers. curve: PNG of precision over recall.
     """
     coco_eval, precision = coco_evaluation(coco_json, rows)
     with contextlib.redirect_stdout(io.StringIO()) as summary:
@@ -355,11 +355,11 @@ def optimal_lrp(coco_eval) -> dict:
         targets = sum((r['gtIgnore'] == 0).sum() for r in results)
         if not targets:
             continue
-        # (score, 1 for a TP, 1 - IoU); the first keeps no detection.
+        # (score, 1 for a TP, 1 - IoU). The first keeps no detection.
         found = [(math.inf, 0, 0.0)]
         for r in results:
             key = r['image_id'], r['category_id']
-            # ious[key]: detections as in dtScores, ground truths as in _gts.
+            # ious[key]: rows as in dtScores, columns as in _gts.
             column = {gt['id']: j for j, gt in enumerate(coco_eval._gts[key])}
             # Row 0 is IoU 0.5. dtMatches: id of a ground truth, or 0.
             at_half = zip(r['dtScores'], r['dtMatches'][0], r['dtIgnore'][0])
@@ -371,7 +371,7 @@ def optimal_lrp(coco_eval) -> dict:
         tp, error = hit.cumsum(), error.cumsum()
         fp, fn = np.arange(len(hit)) - tp, targets - tp
         lrp = (error / 0.5 + fp + fn) / (tp + fp + fn)
-        # A threshold cannot divide equal scores.
+        # No threshold separates equal scores.
         lrp[:-1][score[:-1] == score[1:]] = math.inf
         with np.errstate(invalid='ignore'):  # 0 / 0 is nan
             curves = np.stack([lrp, error / tp, fp / (tp + fp), fn / targets])
@@ -383,7 +383,7 @@ def optimal_lrp(coco_eval) -> dict:
 def inference_gflops(model, dataset, group):
     """Count the GFLOPs of the forward pass for the first image.
 
-    torch's counter leaves out the samples of deformable attention.
+    torch's counter ignores the sampling of deformable attention.
     """
     batch = collate([dataset[0, 0]])
     # The counter needs eager code and gradients. The MATH backend has
@@ -401,7 +401,7 @@ def evaluate(model, dataset, ids, *, batch_size, workers, nms=None, group=0, tab
 
     The numbers are those of `average_precision`, duplicates, AP_nms,
     millions of parameters, gflops, inference_images_per_second.
-    Under torchrun only the first process has numbers, others {}.
+    Under torchrun only the first process has numbers.
     """
     (rows, nms_rows), speed = detect(model, dataset, ids, batch_size=batch_size,
                                      workers=workers, nms=(nms, NMS_IOU), group=group)
@@ -423,12 +423,12 @@ def columns_of(dataset, ids):
 
 
 def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=1, workers=0):
-    """Return for each decoder layer the % of objects that change their query.
+    """Return the % of objects that change their query, for each layer.
 
-    The first n_images count (Stable-DINO §2.4.3, Fig. 3).
-    Before layer 1 comes the encoder, whose proposal i is the start of
-    query i. A one-stage model has no number for layer 1.
-    The first group is matched one-to-one, its proposals with all labels 0.
+    The first n_images count (Stable-DINO §2.4.3, Fig. 3). Layer 1 is
+    compared with the encoder, whose proposal i becomes query i. A
+    one-stage model has no number for layer 1.
+    The first group is matched one-to-one. Labels of proposals are 0.
     """
     changed, objects = 0, 0  # changed becomes (L,)
     with evaluating(model) as device:
@@ -444,7 +444,7 @@ def unstable_score(model, dataset, ids, n_images=20, cost=Cost(), *, batch_size=
             labels = [columns[x] for x in batch.gt_labels]
             decoder, encoder = match(*outputs[:2], *proposals, labels, batch.gt_boxes,
                                      [QueryGroup(n, (1,) * L)], [QueryGroup(k, (1,))], cost)
-            # (L + 1, objects), the encoder first; -1 without a query.
+            # (L + 1, objects), the encoder first; -1 if unmatched.
             query = torch.full((L + 1, sum(map(len, labels))), -1, device=device)
             query[0, encoder.gt] = encoder.query
             query[decoder.layer + 1, decoder.gt] = decoder.query
@@ -488,7 +488,7 @@ def save_grid(pictures: list, columns, path):
 
 
 def draw_samples(dataset, path):
-    """Save a PNG of 8 images with boxes, as a training sees them."""
+    """Save a PNG of 8 images with boxes, as training sees them."""
     dense = (True,) * isinstance(dataset, DenseOneToOne)
     pictures, names = [], dataset.categories.names
     for index in (dataset.dataset if dense else dataset).with_boxes[:8]:
@@ -524,13 +524,13 @@ def draw_predictions(model, dataset, ids, path, n_images=4, threshold=0.3, nms=N
 
 
 def draw_matches(model, dataset, ids, path, index, cost=Cost()):
-    """Save a PNG of one image: how four schemes match the same predictions.
+    """Save a PNG: how four schemes match the first group's predictions.
 
-    The predictions are the first group's in its last layer. Objects are
-    orange. A matched query has its object's number, its group's colour.
-    With one-stage groups, a panel shows one object, its query in each
-    group, and the reference points of these (Group DETR Fig. 3).
-    Raises UserError below 1 object or 4 queries.
+    Objects are orange. A matched query has the number of its object and
+    the colour of its group. With several one-stage groups, the first 4
+    objects have a panel each. It shows every group's query and
+    reference point (Group DETR Fig. 3).
+    Raises UserError for too few objects or queries.
     """
     batch = collate([dataset[0, index]])
     gt_boxes, = batch.gt_boxes
@@ -538,6 +538,7 @@ def draw_matches(model, dataset, ids, path, index, cost=Cost()):
     own = [QueryGroup(n, (1,)) for n in (model.groups[:1] if model.two_stage else model.groups)]
     if not M or len(own) == 1 and N < 4:
         raise UserError(f'--matches needs 1 object, 4 queries: there are {M} and {N}')
+    # A panel is (title, groups, objects).
     if len(own) > 1:
         panels = [(f'object {m} in each group', own, [m]) for m in range(M)[:4]]
     else:
@@ -562,7 +563,7 @@ def draw_matches(model, dataset, ids, path, index, cost=Cost()):
         matches = assign([cost], groups)
         kept = torch.isin(matches.gt, torch.tensor(objects))
         queries, gt = matches.query[kept], matches.gt[kept].tolist()
-        # Objects (4: orange), queries, dots, a frame with a title.
+        # Objects (colour 4), queries, dots, a frame with a title.
         shown = torch.cat([gt_boxes, *boxes.cpu()[:, queries], frame])
         colours = [(0, 1, 2, 3, 5)[group_of[q] % 5] for q in queries] * len(boxes)
         texts = [*map(str, [*range(M), *gt, *[''] * (len(colours) - len(gt))]), title]
@@ -573,7 +574,7 @@ def draw_matches(model, dataset, ids, path, index, cost=Cost()):
 def line_chart(lines: dict, names, path):
     """Save a PNG of lines {text: (x, y)}, on axes from 0 to the largest value.
 
-    A line (x, y, lowest, highest) has a band. names: of both axes.
+    A line (x, y, lowest, highest) has a band. names: those of the axes.
     """
     right = max(max(x) for x, *_ in lines.values())
     highest = max(max(map(max, ys)) for _, *ys in lines.values()) or 1
@@ -623,7 +624,7 @@ def draw_precision_recall(precision, path):
 def read_metrics(path: Path):
     """Read a metrics.jsonl.
 
-    The last line of a killed run may be torn.
+    Half a last line, left by a killed run, is skipped.
     Raises UserError if another line is damaged.
     """
     lines, records = path.read_text(errors='replace').splitlines(), []
@@ -643,11 +644,10 @@ COLUMNS = ('AP', 'AP50', 'AP_nms', 'duplicates', 'seconds_per_step', 'memory_gb'
 def compare(folders: list[str], picture=None):
     """Print a table of runs, and draw their AP over the steps.
 
-    The folders NAME-1, NAME-2, ... are seeds of NAME, which is one row and
-    one line: mean, and lowest to highest. memory_gb is the peak before the
-    first evaluation.
-    Raises UserError for a folder without an evaluation, and for seeds
-    with different steps.
+    Folders NAME-1, NAME-2, ... are seeds of NAME. They make one row and
+    one line, with mean, lowest and highest value. memory_gb is the
+    lowest logged peak, since later peaks include evaluations.
+    Raises UserError without evaluation, or for seeds with other steps.
     """
     seeds, lines = {}, {}
     for folder in dict.fromkeys(map(Path, folders)):
@@ -691,7 +691,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args):
         flags = super().parse_args(*args)
         for name, value in vars(flags).items():
-            if value in ('', ['']):  # a shell variable that was not set
+            if value in ('', ['']):  # an unset shell variable
                 self.error(f"{flag(name)} '': is empty")
         return flags
 
@@ -733,44 +733,40 @@ def check_target(name: str, path: str, ending: str):
         raise UserError(f'{flag(name, path)}: {error.strerror}') from None
 
 
-# The flag that a flag needs. All others need --weights.
+# flag -> the flag that it needs. The rest need --weights.
 NEEDS = {'curves': 'compare', 'image': 'matches', 'picture_file': 'pictures'}
 NOT_WITH_IMAGES = {'data', 'split', 'per_class', 'unstable', 'pr_curve', 'matches'}
 TARGETS = 'save_json', 'pr_curve', 'matches', 'picture_file', 'curves'
 
 
 def parse(argv=None):
-    """Parse the command line.
-
-    Raises UserError for a flag that nothing would read.
-    """
+    """Parse the command line. Raise UserError for a flag without effect."""
     parser = Parser(description=__doc__.split('\nRead ')[0],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 0, 10 ** 9)
-    add('--weights', help='checkpoint, own or of H-Deformable-DETR')
-    add('--data', help='shapes or a folder (default: as trained)')
+    add('--weights', help='checkpoint of train.py or of H-Deformable-DETR')
+    add('--data', help='shapes, or a COCO folder (default: as trained)')
     add('--images', nargs='+', metavar='PATH',
         help='detect in image files and folders without annotations')
-    add('--split', choices=('val', 'train'), help='default val; after --overfit train')
+    add('--split', choices=('val', 'train'), help='data split (default val; train after --overfit)')
     add('--image-size', type=number(int, 64, 4096), help='short side (default: as trained)')
     add('--batch-size', type=number(int, 1, 4096), help='images at a time (default: as trained)')
     add('--workers', type=number(int, 0, 256), help='loading processes (default 2)')
     add('--device', choices=DEVICES, help=f'default {DEVICES[-1]}')
-    add('--group', type=count, help='query group (default 0)')
-    add('--nms', type=number(float, 0, 1),
-        help='IoU at which a better box of its class removes a box')
+    add('--group', type=count, help='query group that detects (default 0)')
+    add('--nms', type=number(float, 0, 1), help='apply NMS with this IoU threshold')
     add('--per-class', action='store_const', const=True, help='AP of each class')
     add('--save-json', help="file for detections in COCO's results format")
-    add('--unstable', type=count, help='unstable score of the first N images (paper: 20)')
-    add('--pr-curve', help='PNG for precision over recall')
+    add('--unstable', type=count, help='%% of objects in N images that change query between layers')
+    add('--pr-curve', help='PNG of precision over recall')
     add('--pictures', type=number(int, 0, 1000),
-        help='draw N images and what is found (8 with --images)')
+        help='draw detections of N images (default 8 with --images)')
     add('--picture-file', help='PNG for --pictures (default predictions.png)')
-    add('--matches', help='PNG: matches by four schemes; one-stage: in each group')
-    add('--image', type=count, help='image of --matches (default 0)')
+    add('--matches', help='PNG of matches by four schemes (one-stage: by groups)')
+    add('--image', type=count, help='image number for --matches (default 0)')
     add('--compare', nargs='+', metavar='RUN',
         help='print a table of runs; NAME-1, NAME-2, .. are one row')
-    add('--curves', help='PNG for AP over the steps')
+    add('--curves', help='PNG of AP over the steps, for --compare')
     args = vars(parser.parse_args(argv))
     given = {name: value for name, value in args.items() if value is not None}
     if 'images' in given:
@@ -799,7 +795,7 @@ def data_to_detect(args, model, categories, settings):
     if not (args.data or settings):
         raise UserError('an official checkpoint names no data: add --data COCO')
     data = data_of(settings, args.data, args.weights)
-    # A run with --overfit is judged by its training images.
+    # A run with --overfit is evaluated on its training images.
     overfit = 0 if args.split else settings.get('overfit', 0)
     split = args.split or ('train' if overfit else 'val')
     dataset = open_dataset(data, split, size, seed=settings.get('seed', 0), overfit=overfit)
@@ -866,7 +862,7 @@ REASONS = {
 
 
 def run_command(command):
-    """Run a command; what the user can mend is one line and exit code 1."""
+    """Run a command. Errors that users can correct are one line, exit code 1."""
     for stream in (sys.stdout, sys.stderr):
         # A letter that the terminal lacks is printed as \u1234.
         if isinstance(stream, io.TextIOWrapper):

@@ -5,12 +5,13 @@
              (one-stage: learned queries)
           -> decoder -> a box and C class scores per query
 
-Queries of different groups do not see each other. Training runs all groups, and inference only
-the first.
+Queries of different groups do not see each other. Training runs all groups. Inference runs only
+the first group.
 
-Letters: B images, L decoder layers, N queries of the row, n queries of one group, G groups,
-C classes, S tokens (cells of all levels), D width, d = D / heads, V levels of h x w cells,
-J sampling points per level, E pairs of encoder heads. A shape stands behind the line that makes it.
+Letters: B images of H x W pixels, L decoder layers, N queries of the row, n queries of one group,
+G groups, C classes, S tokens (cells of all levels), D width, d = D / heads, V levels of h x w
+cells, J sampling points per level, E pairs of encoder heads, X groups of R denoising queries.
+A shape stands behind the line that makes it.
 Boxes are (cx, cy, w, h) as fractions of the image. A mask is True at padding.
 
 Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Table 8), Group DETR
@@ -19,7 +20,7 @@ Sources: Deformable DETR (attention, proposals, refinement), H-DETR (groups, Tab
 `from_official` and give the same outputs.
 
 This file needs torch and torchvision only, and can be copied alone. `python hybrid_detr.py` prints
-the shape behind every stage.
+the shape after every stage.
 """
 import copy
 import math
@@ -37,10 +38,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 
 class Outputs(NamedTuple):
-    """Predictions of the decoder and the encoder; classes are logits without a background column.
+    """Class logits and boxes that the decoder and the encoder predict.
 
-    The encoder is one more "layer" of E groups, empty in one stage. Its class column 0 means
-    "object" and ranks the tokens. Other columns learn background, as in official checkpoints.
+    The encoder counts as one layer with E groups of S tokens. A one-stage encoder predicts nothing.
+    Column 0 of the encoder's classes means "object" and ranks the tokens.
+    The other columns learn background, as in official checkpoints.
     """
     pred_logits: Tensor  # (L, B, N, C); with softmax (L, B, N, C+1), the last is "no object"
     pred_boxes: Tensor  # (L, B, N, 4); in training N includes the denoising queries
@@ -49,15 +51,15 @@ class Outputs(NamedTuple):
 
 
 class TooFewTokens(ValueError):
-    """An image has fewer tokens than there are queries to choose."""
+    """An image has fewer tokens than queries to choose."""
 
 
 # --- Backbones ---
 
 class TinyBackbone(nn.Sequential):
-    """Maps of stride 8, 16, 32 from scratch, for training on a laptop: (B,3,H,W) -> three maps.
+    """A backbone for a laptop, trained from scratch: (B,3,H,W) -> maps of stride 8, 16, 32.
 
-    Most of a small detector's time goes into the transformer, so residual blocks are affordable.
+    The transformer takes most of the time, so residual blocks cost little.
     """
     channels = (128, 192, 256)
 
@@ -82,7 +84,7 @@ class TinyBackbone(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """ResNet's basic block: two convolutions around which the input is added."""
+    """ResNet's basic block: the input is added to the output of two convolutions."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -96,7 +98,7 @@ class Residual(nn.Module):
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """Batch norm with fixed numbers. They are float32, so bfloat16 input needs a cast back."""
+    """Batch norm with fixed numbers in float32. The result has the type of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
@@ -105,9 +107,9 @@ class FrozenNorm(FrozenBatchNorm2d):
 class Backbone(nn.Module):
     """A torchvision ResNet or Swin by name: (B,3,H,W) -> maps of stride 8, 16, 32.
 
-    frozen=True is the papers' setting for ImageNet weights. A ResNet's batch norm is frozen, and
-    its stem and first stage do not train. A Swin trains whole.
-    Only `load_imagenet` needs a network. Raises ValueError for any other name.
+    frozen=True is the papers' setting for ImageNet weights: a ResNet's batch norm, stem and first
+    stage do not train. All of a Swin trains.
+    Only `load_imagenet` needs the internet. Raises ValueError for any other name.
     """
 
     def __init__(self, name: str, frozen: bool = True):
@@ -125,7 +127,7 @@ class Backbone(nn.Module):
         model = torchvision.models.get_model(name, weights=None, **norm)
         self.body = create_feature_extractor(model, nodes)
         self.channels_come_last = swin
-        # Run a blank image once to read off the channel widths. eval() keeps batch norm unchanged.
+        # A blank image shows the channel widths. eval() keeps batch norm unchanged.
         self.channels = tuple(m.shape[1] for m in self.eval()(torch.zeros(1, 3, 64, 64)))
         self.train()
         if frozen:
@@ -133,9 +135,9 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(not parameter_name.startswith(('conv1', 'layer1')))
 
     def load_imagenet(self) -> None:
-        """Fetch torchvision's first ImageNet weights, which are the papers' for ResNet-50.
+        """Fetch torchvision's V1 ImageNet weights. The papers use them for ResNet-50.
 
-        Raises URLError without a network.
+        Raises URLError without the internet.
         """
         weights = torchvision.models.get_model_weights(self.name).IMAGENET1K_V1
         state = weights.get_state_dict(progress=True)
@@ -144,26 +146,26 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = list(self.body(images).values())
-        # A Swin's maps are (B, h, w, D).
+        # A Swin's maps are (B, h, w, channels).
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_come_last else maps
 
 
 # --- Where a token is ---
 
 def sine_code(numbers: Tensor, channels: int) -> Tensor:
-    """Turn each number into `channels` sines and cosines: (..., n) -> (..., n * channels)."""
+    """Turn each number into `channels` sines and cosines: (..., c) -> (..., c * channels)."""
     # angle_k = 2 pi x / 10000^(2k / channels), k = 0, 1, ... channels/2 - 1
     k = torch.arange(channels // 2, device=numbers.device)
-    angle = numbers[..., None] * 2 * math.pi / 10000 ** (2 * k / channels)  # (..., n, channels/2)
+    angle = numbers[..., None] * 2 * math.pi / 10000 ** (2 * k / channels)  # (..., c, channels/2)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-3)
 
 
 class Geometry(NamedTuple):
-    """Where the S tokens of a padded batch lie. `position` includes the learned level code."""
+    """Where the S tokens of a padded batch lie."""
     shapes: list[tuple[int, int]]  # (h, w) of each level
     padding: Tensor  # (B, S) bool
-    valid_ratios: Tensor  # (B, V, 2): image part of each level's width and height
-    position: Tensor  # (B, S, D): sine code of the cell + code of its level
+    valid_ratios: Tensor  # (B, V, 2): the image's share of each level's width and height
+    position: Tensor  # (B, S, D): sine code of the cell + learned code of its level
     centres: Tensor  # (B, S, 2): cell centre in fractions of the unpadded image
     level: Tensor  # (S,): level of each token
 
@@ -195,15 +197,14 @@ def geometry(padding_mask: Tensor, shapes: list[tuple[int, int]],
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Logit of x. x is kept off 0 and 1, so that a box at the border of the image stays finite."""
+    """Logit of x, of any shape. x is clamped to 1e-5..1-1e-5, so the logit is finite."""
     return torch.logit(x, eps=1e-5)
 
 
 def initial_boxes(where: Geometry) -> Tensor:
     """Initial box logits (B,S,4) of the tokens: a box of size 0.05 * 2^level at the cell centre.
 
-    Padded tokens and boxes with a number outside 0.01..0.99 are ruled out by +inf, as in the
-    official code of Deformable DETR.
+    Padded tokens and boxes with a number outside 0.01..0.99 are ruled out by +inf (official code).
     """
     size = 0.05 * 2.0 ** where.level.to(where.centres)  # (S,)
     box = torch.cat([where.centres, size[:, None].expand_as(where.centres)], -1)  # (B, S, 4)
@@ -218,18 +219,18 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
     """The core of Deformable DETR Eq. 3: per head, a weighted sum of samples from all levels.
 
     value (B,S,heads,d), locations (B,N,heads,V,J,2) as x, y in 0..1, weights (B,N,heads,V,J)
-    -> (B,N,heads*d). Outside a level the value is 0. The official code has a CUDA kernel for it.
+    -> (B,N,heads*d). Outside a level the value is 0.
     """
     B, _, heads, d = value.shape
     N = locations.shape[1]
-    # Speed: with points before queries, the product and the sum over J run along contiguous memory.
+    # Speed: points come before queries, so that the sum over J reads contiguous memory.
     grid = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).contiguous()
     grid = grid.flatten(1, 2)  # (V, B*heads, J, N, 2), -1..1
     weights = weights.permute(3, 0, 2, 4, 1).contiguous()
     weights = weights.view(len(shapes), B * heads, 1, -1, N)  # (V, B*heads, 1, J, N)
     cells = value.split([h * w for h, w in shapes], 1)
     out = 0
-    # out_q = sum_v sum_j weight_qvj * x_v(location_qvj). x_v is level v, read bilinearly.
+    # out_q = sum_v sum_j weight_qvj * x_v(location_qvj). x_v is level v, interpolated.
     for x, shape, points, weight in zip(cells, shapes, grid, weights):
         x = x.permute(0, 2, 3, 1).reshape(B * heads, d, *shape)  # (B*heads, d, h, w)
         sampled = F.grid_sample(x, points, padding_mode='zeros', align_corners=False)
@@ -239,7 +240,7 @@ def deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations
 
 
 class DeformableAttention(nn.Module):
-    """Each query samples J points per level and head, and predicts their offsets and weights.
+    """Attention to J points per level and head. A query predicts their offsets and weights.
 
     Deformable DETR Eq. 3: out_q = sum_m W_m sum_v sum_j A_mqvj W'_m x_v(reference_q + offset_mqvj),
     where m is the head, A `weights`, W' `value_proj` and W `output_proj`.
@@ -255,10 +256,9 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
 
     def reset_parameters(self) -> None:
-        """Let head h look in direction 2 pi h / heads, with equal weights.
+        """Let head m look in direction 2 pi m / heads, with equal weights.
 
         Point j = 0..J-1 lies at distance j + 1, measured as the larger of |x| and |y|.
-        HybridDETR calls this after its Xavier initialisation.
         """
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
@@ -276,7 +276,7 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, shapes,
                 padding: Tensor) -> Tensor:
-        """query (B,N,D), tokens (B,S,D), padding (B,S) -> (B,N,D).
+        """Sample the tokens: query (B,N,D), tokens (B,S,D), padding (B,S) -> (B,N,D).
 
         reference is a point (B,N,V,2) or a box (B,N,V,4), in fractions of each level's padded map.
         """
@@ -291,13 +291,13 @@ class DeformableAttention(nn.Module):
         weights = weights.view(offsets.shape[:-1])  # (B, N, heads, V, J)
         anchor = reference[:, :, None, :, None]  # (B, N, 1, V, 1, 2 or 4)
         if anchor.shape[-1] == 2:
-            # Offsets from a point count in cells of the level.
+            # Offsets from a point are in cells of the level.
             cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype)
             # Speed: with non_blocking, the CPU does not wait for the GPU.
             cells = cells.to(offsets.device, non_blocking=True)
             locations = anchor + offsets / cells[:, None]  # (B, N, heads, V, J, 2)
         else:
-            # Offsets from a box count in its size. At the start, point J - 1 is on its border.
+            # From a box, an offset of J reaches from the centre to the border.
             locations = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
         return self.output_proj(self.core(value, shapes, locations, weights))
 
@@ -307,25 +307,25 @@ class GroupSelfAttention(nn.Module):
 
     Equal groups are folded into the batch, as in Group DETR (Alg. 1). Groups of different size
     attend one after the other. H-DETR masks the (N,N) matrix of all queries instead (§3.2.1). The
-    mask gives the same numbers at the cost of N^2 instead of the sum of n^2.
+    mask gives the same numbers. It costs N^2 instead of the sum of n^2.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        # Query, key and value share one matrix, as in nn.MultiheadAttention, because Xavier's range
-        # depends on the shape.
+        # Query, key and value share one matrix, as in nn.MultiheadAttention.
+        # Separate matrices would get a wider range from Xavier.
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, content: Tensor, position: Tensor, sizes: Sequence[int],
                 denoising_groups: int = 0) -> Tensor:
-        """content, position (B,N,D), sizes: queries of each group -> (B,N,D).
+        """Attend within groups of `sizes` queries: content, position (B,N,D) -> (B,N,D).
 
-        The position enters query and key, and never the value.
-        Queries beyond `sum(sizes)` are denoising queries, in `denoising_groups` groups of R. A
-        denoising query sees its own group and the first group (in DINO: all matching queries).
-        Matching queries never see denoising queries, because these know the answer.
+        The position is added to query and key only.
+        Queries beyond `sum(sizes)` are X = `denoising_groups` groups of R denoising queries.
+        A denoising query sees its own group and the first group.
+        Other queries never see denoising queries, which are made from the ground truth.
         """
         B, _, D = content.shape
         matching = sum(sizes)
@@ -350,7 +350,7 @@ class GroupSelfAttention(nn.Module):
         return self.out_proj(torch.cat(out, 1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Every query sees every key: (B,n,D), (B,m,D), (B,m,D) -> (B,n,D)."""
+        """Let every query see all m keys: (B,n,D), (B,m,D), (B,m,D) -> (B,n,D)."""
         # (B, n, D) -> (B, heads, n, d)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
@@ -373,7 +373,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Each token samples a few others of all levels, then passes the feed-forward part alone."""
+    """Deformable attention of the tokens to each other, then a feed-forward part."""
 
     def __init__(self, width, heads, levels, points, ffn, dropout):
         super().__init__()
@@ -383,16 +383,16 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes,
                 padding: Tensor) -> Tensor:
-        """tokens, position (B,S,D), reference (B,S,V,2) -> (B,S,D).
+        """Update the tokens (B,S,D), given position (B,S,D) and reference (B,S,V,2).
 
-        The position enters the query, and never the value.
+        The position is added to the query only.
         """
         attended = self.attention(tokens + position, reference, tokens, shapes, padding)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
 
 class DecoderLayer(nn.Module):
-    """Each query sees its group, samples the image, then passes the feed-forward part alone."""
+    """Self-attention in each group, attention to the image, then a feed-forward part."""
 
     def __init__(self, width, heads, levels, points, ffn, dropout):
         super().__init__()
@@ -405,7 +405,7 @@ class DecoderLayer(nn.Module):
     def forward(self, content: Tensor, position: Tensor, sizes: Sequence[int],
                 denoising_groups: int, reference: Tensor, tokens: Tensor, shapes,
                 padding: Tensor) -> Tensor:
-        """content, position (B,N,D), reference (B,N,V,4), tokens (B,S,D) -> (B,N,D).
+        """Update the content (B,N,D), given position (B,N,D), reference (B,N,V,4), tokens (B,S,D).
 
         Self-attention is how duplicate queries are suppressed. A one-to-one group must therefore
         not see other groups.
@@ -417,7 +417,7 @@ class DecoderLayer(nn.Module):
 
 
 def clones(module: nn.Module, n: int) -> nn.ModuleList:
-    """n copies with parameters of their own. They start equal until `reset_parameters`."""
+    """Return n equal copies of a module, each with its own parameters."""
     return nn.ModuleList(copy.deepcopy(module) for _ in range(n))
 
 
@@ -427,14 +427,14 @@ class HybridDETR(nn.Module):
     """Deformable DETR on a query row that is cut into groups.
 
     groups: queries of each group. H-DETR's hybrid branch has (300, 1500), Group DETR (300,) * 11.
-    two_stage=False: position code and content of a query are learned. A linear layer turns the code
-        into the point where the query starts (Deformable DETR §4.1).
-    selection: 'ranks' has one pair of encoder heads, 'heads' and 'distinct' have one per group; see
+    two_stage=False: each query learns its position code and its content. A linear layer turns the
+        code into the point where the query starts (Deformable DETR §4.1).
+    selection: 'ranks' has one pair of encoder heads. 'heads' and 'distinct' have one per group. See
         `select`.
-    separate_attention=False: all groups of a training step see each other (Group DETR Table 7 c).
-    ffn=2048, dropout=0, mixed_selection, look_forward_twice: the best row of H-DETR Table 8.
+    separate_attention=False: in training, all groups see each other (Group DETR Table 7 c).
+    ffn=2048, dropout=0, mixed_selection, look_forward_twice: the tricks of H-DETR Table 8.
     fusion: none, simple, ulike or dense; see `encode`.
-    denoising=True: forward accepts denoising queries.
+    denoising=True: forward accepts denoising queries (noisy ground truths, DINO).
     softmax=True: the decoder's class heads have a column "no object", for DETR's cross-entropy.
     width: a multiple of 32 (GroupNorm) and of heads.
     backbone: 'tiny' or a name for `Backbone`; frozen_backbone: see there.
@@ -464,8 +464,8 @@ class HybridDETR(nn.Module):
         else:
             self.backbone = Backbone(backbone, frozen_backbone)
         channels = self.backbone.channels
-        # Every level gets the width D. Levels beyond the backbone's three are stride-2 convolutions
-        # of its last map, and then of the level before.
+        # Every level gets the width D. Further levels are convolutions of stride 2. The first takes
+        # the backbone's last map, the others the level before.
         convolutions = [nn.Conv2d(c, width, 1) for c in channels[:levels]]
         while len(convolutions) < levels:
             c = channels[-1] if len(convolutions) == len(channels) else width
@@ -482,7 +482,7 @@ class HybridDETR(nn.Module):
             nn.Sequential(nn.Linear(maps * width, width), nn.LayerNorm(width))
             for maps in joined[fusion])
         self.decoder = clones(DecoderLayer(*layer), decoder_layers)
-        # Learned per query: the content; in one stage the position code and the content.
+        # A query learns its content. In one stage it also learns its position code.
         self.query_embed = None
         if mixed_selection or not two_stage:
             numbers = width if two_stage else 2 * width
@@ -496,7 +496,7 @@ class HybridDETR(nn.Module):
                                                nn.LayerNorm(2 * width))
         self.denoising_content = None
         if denoising:
-            # The content of a denoising query is its class. The last row, zero, is for empty slots.
+            # The content of a denoising query is its class. Empty slots take the last row, 0.
             self.denoising_content = nn.Embedding(num_classes + 1, width, padding_idx=num_classes)
         class_head = nn.Linear(width, num_classes)
         box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width),
@@ -511,11 +511,10 @@ class HybridDETR(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the official code: Xavier for the matrices of the transformer.
+        """Initialise as the official code does: Xavier for the matrices of the transformer.
 
-        The heads start with score 0.01, because nearly all queries are background and their loss
-        would otherwise dominate. The heads start with unmoved boxes, so that the first predictions
-        are the proposals.
+        Scores start at 0.01, because nearly all queries are background.
+        Box heads start with a shift of 0, so the first predictions are the proposals.
         """
         transformer = 'encoder.', 'decoder.', 'proposal_proj', 'position_proj', 'reference_points'
         for name, parameter in self.named_parameters():
@@ -533,32 +532,32 @@ class HybridDETR(nn.Module):
         nn.init.normal_(self.level_embed)
         if self.query_embed is not None:
             nn.init.normal_(self.query_embed)
-        # Encoder heads see the same tokens and targets in Group DETR, so equal heads would stay
-        # equal. All but the first are drawn anew. Decoder heads see different layers.
+        # Group DETR's encoder heads have the same tokens and ground truths. Equal heads would stay
+        # equal, so all but the first are drawn anew.
         for head in (*self.encoder_class_heads[1:], *self.encoder_box_heads[1:]):
             for module in head.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
         for head in (*self.class_heads, *self.encoder_class_heads):
             nn.init.constant_(head.bias, math.log(0.01 / 0.99))
-            # "No object" has logit 0. Without softmax this slice is empty.
+            # "No object" has bias 0. Without softmax this slice is empty.
             nn.init.zeros_(head.bias[self.num_classes:])
         for head in (*self.box_heads, *self.encoder_box_heads):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
         if not self.two_stage:
-            # Nothing proposes a size: it starts at sigmoid(-2) = 0.12 of the image.
+            # Without proposals, a box starts with the size sigmoid(-2) = 0.12 of the image.
             nn.init.zeros_(self.reference_points.bias)
             nn.init.constant_(self.box_heads[0][-1].bias[2:], -2.0)
 
     def forward(self, images: Tensor, padding_mask: Tensor, group: int | None = None,
                 noised=None) -> Outputs:
-        """images (B,3,H,W), padding_mask (B,H,W) bool -> Outputs.
+        """Detect: images (B,3,H,W), padding_mask (B,H,W) bool -> Outputs.
 
-        train() runs every group, eval() only the first; `group` chooses a single one.
-        noised: denoising queries, which follow at the end of the row: their `boxes` (B,n,4) and
-        `labels` (B,n), in a number of `groups`.
-        Raises TooFewTokens if the images have fewer tokens than there are queries to choose.
+        train() runs every group, and eval() only the first. `group` runs that group alone.
+        noised: denoising queries for the end of the row. They are `noised.boxes` (B,X*R,4) and
+        `noised.labels` (B,X*R). X is `noised.groups`.
+        Raises TooFewTokens if the images have fewer tokens than queries to choose.
         In eval(), torch.export allows dynamic B, H, W (Swin: dynamic B).
         """
         if group is None and not self.training:
@@ -568,8 +567,8 @@ class HybridDETR(nn.Module):
         where = geometry(padding_mask, shapes, self.level_embed)
         tokens = self.encode(tokens, where)
 
-        # Every query gets a box, a position code and a content. All groups up to `group` propose,
-        # because `group` may take what the earlier groups leave.
+        # Every query gets a box, a position code and a content.
+        # Earlier groups also choose: `group` may get only the tokens that they leave.
         proposing = self.groups if group is None else self.groups[:group + 1]
         sizes = proposing if group is None else proposing[-1:]
         end, matching = sum(proposing), sum(sizes)  # `matching`: without denoising queries
@@ -601,12 +600,12 @@ class HybridDETR(nn.Module):
         denoising_groups = 0 if noised is None else noised.groups
         pred_logits, pred_boxes = self.decode(boxes, content, position, seen, denoising_groups,
                                               tokens, where)
-        # The encoder's row holds the tokens of each group one after the other.
+        # The groups of the encoder stand one after the other.
         return Outputs(pred_logits, pred_boxes, encoder_logits.flatten(1, 2)[None],
                        box_logits.sigmoid().flatten(1, 2)[None])
 
     def code(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn boxes into position code and content of queries: (B,N,4) -> 2 x (B,N,D)."""
+        """Turn boxes into position codes and contents: (B,N,4) -> 2 x (B,N,D)."""
         # Each number of a box becomes D/2 sines and cosines.
         code = sine_code(boxes, self.level_embed.shape[1] // 2)  # (B, N, 2D)
         return self.position_proj(code).chunk(2, -1)
@@ -614,9 +613,8 @@ class HybridDETR(nn.Module):
     def call_layer(self, layer: nn.Module, *inputs):
         """Call a layer of encoder or decoder.
 
-        With checkpoint_activations, training keeps only the layer's inputs, and the backward pass
-        computes the layer again. This needs more time and less memory, most of which holds sampled
-        values of the attention.
+        With checkpoint_activations, training keeps only the layer's inputs. The backward pass
+        computes the layer again. This takes more time and less memory.
         """
         if self.checkpoint_activations and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
@@ -629,7 +627,7 @@ class HybridDETR(nn.Module):
         """
         maps = self.backbone(images)
         projected = [project(x) for project, x in zip(self.input_proj, maps)]  # (B, D, h, w)
-        # Further levels: the first comes from the backbone's last map, the next from the first.
+        # Each further level comes from the one before.
         x = maps[-1]
         for project in self.input_proj[len(maps):]:
             x = project(x)
@@ -638,19 +636,19 @@ class HybridDETR(nn.Module):
         return tokens, [tuple(m.shape[2:]) for m in projected]
 
     def encode(self, tokens: Tensor, where: Geometry) -> Tensor:
-        """The encoder and the memory fusion of Stable-DINO §3: (B,S,D) -> (B,S,D).
+        """Run the encoder with the memory fusion of Stable-DINO §3: (B,S,D) -> (B,S,D).
 
-        F_0 are the backbone's tokens, F_1..F_last the outputs of the encoder layers. The fusion
-        joins them along their features and projects back (linear and norm, App. B). Pretrained
-        features then reach the decoder from the first step on.
+        F_0 are the backbone's tokens, and F_l is the output of encoder layer l. The fusion joins
+        features and projects them to width D (linear and norm, App. B). So the decoder gets
+        pretrained features from the first step on.
             simple  [F_last, F_0]
             ulike   F_0 joins the output of the last layer, F_1 of the one before, ... (Fig. 4c)
             dense   [F_0, F_1, ..., F_last], the paper's default
-        For ulike the figure draws four layers, and the released code has none. Here it uses the
-        second half of any number of layers.
+        Fig. 4c draws ulike for four layers, and the released code has no ulike. Here ulike fuses
+        in the second half of the layers.
         """
-        # Centres are fractions of the image, and attention samples at fractions of a level's padded
-        # map. The ratio converts them. It depends on the level, since a map has whole cells.
+        # Centres are fractions of the image. Attention samples at fractions of a level's padded
+        # map. The valid ratio of the level converts them.
         reference = where.centres[:, :, None] * where.valid_ratios[:, None]  # (B, S, V, 2)
         outputs, last = [tokens], len(self.encoder)
         for l, layer in enumerate(self.encoder, 1):
@@ -668,17 +666,17 @@ class HybridDETR(nn.Module):
 
     def propose(self, tokens: Tensor, where: Geometry,
                 n_groups: int) -> tuple[Tensor, Tensor]:
-        """Score and box logits that every token proposes: (B,S,D) -> (B,E,S,C), (B,E,S,4).
+        """Predict class and box logits of every token: (B,S,D) -> (B,E,S,C), (B,E,S,4).
 
-        E is 1 if one pair of heads ranks for all groups, else n_groups. The encoder's own loss
-        trains every token, chosen or not.
-        Ruled-out tokens enter as 0 and have the box logits +inf. They share one score and the box
-        (1,1,1,1), stay in the loss as background, and are chosen if nothing better is left.
+        E is 1 for selection 'ranks', else n_groups.
+        The encoder's own loss trains every token.
+        Ruled-out tokens (see `initial_boxes`) enter as 0, and share one score and the box
+        (1,1,1,1). They stay in the loss and can be chosen.
         """
         initial = initial_boxes(where)  # (B, S, 4)
         ruled_out = initial[..., :1].isinf()
         features = self.proposal_proj(tokens.masked_fill(ruled_out, 0.0))  # (B, S, D)
-        # Scores need float32: many are equal in bfloat16, and their ranks would be arbitrary.
+        # Scores need float32. In bfloat16 many are equal, and their ranks would be arbitrary.
         with torch.autocast(tokens.device.type, enabled=False):
             exact = features.to(torch.promote_types(features.dtype, torch.float32))
             logits = [head(exact) for head in self.encoder_class_heads[:n_groups]]
@@ -686,11 +684,11 @@ class HybridDETR(nn.Module):
         return torch.stack(logits, 1), torch.stack(shifts, 1) + initial[:, None]
 
     def select(self, logits: Tensor, box_logits: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """The tokens with the best scores become the queries: -> boxes (B,n,4) of each group.
+        """Choose the tokens with the best scores: (B,E,S,C), (B,E,S,4) -> boxes (B,n,4) per group.
 
         The boxes are detached. Only the encoder's own loss trains the proposals.
-            ranks     One head. The first group gets ranks 1 to n, the next group those that follow.
-                      H-DETR App. D blames the bad boxes of ranks 301-600 for the failure of K = 1.
+            ranks     One head. The first group gets ranks 1 to n, the next group gets the ranks
+                      that follow. H-DETR App. D finds the boxes of ranks 301-600 poor.
             heads     Each group takes the best of its own head, so that all groups start equally
                       well (Group DETR A.2).
             distinct  Like heads, but without the tokens of earlier groups (H-DETR App. D, where
@@ -712,34 +710,35 @@ class HybridDETR(nn.Module):
                 chosen.append((e, top))
                 if self.selection == 'distinct':
                     taken = taken.scatter(1, top, True)
-        # Rows `top` (B, n) of box_logits[:, e] (B, S, 4). In take_along_dim, torch.export fixes B.
+        # Take the rows `top` (B, n) of box_logits[:, e] (B, S, 4).
+        # With take_along_dim, torch.export would fix B.
         return [box_logits[:, e].gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid()
                 for e, top in chosen]
 
     def decode(self, boxes: Tensor, content: Tensor, position: Tensor, sizes: Sequence[int],
                denoising_groups: int, tokens: Tensor, where: Geometry) -> tuple[Tensor, Tensor]:
-        """Iterative refinement (Deformable DETR): every layer moves the boxes.
+        """Refine the boxes in every layer (iterative refinement, Deformable DETR).
 
         boxes (B,N,4), tokens (B,S,D), content, position (B,N,D) -> (L,B,N,C), (L,B,N,4).
         `sizes` and `denoising_groups` are those of GroupSelfAttention.
-        Each layer has its own heads. All layers have the same position code (official code; DINO
-        renews it in each layer).
+        Each layer has its own heads. All layers have the same position code, as in the official
+        code. DINO computes a new code in each layer.
 
             box_l  = sigmoid(shift_l + sigmoid^-1(box_(l-1))), box_(l-1) detached (`reference`)
-            pred_l = the same number, box_(l-1) not detached (`previous`)
+            pred_l = the same, with box_(l-1) not detached (`previous`)
 
-        Through pred_l, the loss of layer l also reaches head l-1, and no head further back (look
-        forward twice, DINO). Without the switch pred_l = box_l.
+        Through pred_l, the loss of layer l trains the box heads l and l-1 (look forward twice,
+        DINO). Without this switch, pred_l = box_l.
         """
         pred_logits, pred_boxes = [], []
-        # `encode` explains the ratios. They apply to centre and size.
+        # The ratios (see `encode`) apply to centre and size.
         ratios = torch.cat([where.valid_ratios, where.valid_ratios], -1)[:, None]  # (B, 1, V, 4)
-        # Same values. After layer 1 `reference` has no gradient, `previous` that of one head.
+        # Both have the same values. After layer 1, only `previous` can carry a gradient.
         reference = previous = boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
             in_maps = reference[:, :, None] * ratios  # (B, N, V, 4)
             if layer is self.decoder[0] and not self.two_stage:
-                # An offset of 1 from a box of 2J cells is one cell, as from a point.
+                # The query starts as a point. In a box of 2J cells, an offset of 1 is one cell.
                 cells = torch.tensor([(w, h) for h, w in where.shapes])
                 size = 2 * layer.cross_attention.points / cells  # (V, 2)
                 in_maps[:, :sum(sizes), :, 2:] = size.to(boxes.device, non_blocking=True)
@@ -754,7 +753,7 @@ class HybridDETR(nn.Module):
         return torch.stack(pred_logits), torch.stack(pred_boxes)  # (L, B, N, .)
 
 
-# What of the model --init-part takes: the beginnings of the parameters' names.
+# Parts of the model, as beginnings of parameter names.
 PARTS = {'all': '', 'backbone': 'backbone.',
          'encoder': ('backbone.', 'input_proj.', 'level_embed', 'encoder.', 'fusions.')}
 
@@ -765,10 +764,10 @@ def parts_of(named, part: str) -> dict:
 
 
 def parameter_groups(model: HybridDETR, lr: float, pretrained: bool) -> list[dict]:
-    """Split the trained parameters into those with the full learning rate and with a tenth.
+    """Split the trained parameters: most learn at rate lr, some at lr / 10 (official code).
 
-    A large step of the sampling offsets or reference points would throw all samples off the object,
-    and a pretrained backbone is good already (official code). A schedule multiplies base_lr.
+    A large step of sampling offsets or reference points would move all samples off the object.
+    A pretrained backbone is good already. A schedule multiplies base_lr.
     """
     slow, normal = [], []
     for name, parameter in model.named_parameters():
@@ -782,7 +781,7 @@ def parameter_groups(model: HybridDETR, lr: float, pretrained: bool) -> list[dic
 
 # --- Checkpoints of HDETR/H-Deformable-DETR ---
 
-# Pairs of a name here, as a regular expression, and the official name. The first that fits counts.
+# Pairs of a name in this file (a regular expression) and an official name. First match counts.
 OFFICIAL_NAMES = [
     (r'level_embed', r'transformer.level_embed'),
     (r'query_embed', r'query_embed.weight'),
@@ -812,10 +811,9 @@ OFFICIAL_NAMES = [
 
 
 def official_name(name: str, decoder_layers: int) -> str | None:
-    """The official name of an entry of this model's state dict, or None if there is none.
+    """Return the official name of an entry of this model's state dict, or None.
 
-    The official code lists the encoder's heads behind the decoder's last. Therefore only the first
-    pair of encoder heads has a name.
+    The official code has one pair of encoder heads, which follows the decoder's last pair.
     """
     name = re.sub(r'^encoder_(class|box)_heads\.0\.', rf'\1_heads.{decoder_layers}.', name)
     for pattern, official in OFFICIAL_NAMES:
@@ -826,12 +824,12 @@ def official_name(name: str, decoder_layers: int) -> str | None:
 
 def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 1500),
                   mixed_selection: bool = True) -> HybridDETR:
-    """Build the model that fits a checkpoint of the public H-Deformable-DETR, and load it.
+    """Build the model of an official checkpoint, and load its weights.
 
-    state_dict: the checkpoint's 'model'. The shapes tell layers, widths, classes, levels and the
-    ResNet. 8 heads are assumed, as in every official file. The class columns stay COCO's raw
-    category ids 0..90.
-    Raises ValueError that names an entry which is unknown, missing, or has another shape or value.
+    state_dict: the checkpoint's 'model'. Its shapes give layers, widths, classes, levels and the
+    ResNet. All official files have 8 heads. The class columns stay COCO's raw category ids 0..90.
+    queries: the queries of each group.
+    Raises ValueError, which names the first unknown, missing or different entry.
     """
     def shape(name: str) -> torch.Size:
         if name not in state_dict:
@@ -856,7 +854,7 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
         ffn=shape('transformer.encoder.layers.0.linear1.weight')[0],
         points=weights // (8 * levels), mixed_selection=mixed_selection,
         two_stage='transformer.reference_points.weight' not in state_dict)
-    # Load every entry under its name here. No entry may be left over.
+    # Load every entry under its name in this file. No entry may be left over.
     loaded, unknown = {}, set(state_dict)
     for ours, value in model.state_dict().items():
         name = official_name(ours, layers)
@@ -865,7 +863,7 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
                              f'{tuple(value.shape)}')
         loaded[ours] = state_dict[name]
         unknown.discard(name)
-        # The decoder lists the heads again (one-stage: box heads).
+        # The official decoder holds these heads again (one-stage: box heads only).
         if name.startswith('bbox_embed') or model.two_stage and name.startswith('class_embed'):
             alias = f'transformer.decoder.{name}'
             if shape(alias) != value.shape or not torch.equal(state_dict[alias], state_dict[name]):
@@ -881,7 +879,7 @@ def from_official(state_dict: dict[str, Tensor], queries: Sequence[int] = (300, 
 
 @torch.no_grad()
 def demonstrate() -> None:
-    """Print the shape behind every stage, and that the first group does not notice the second."""
+    """Print the shape after every stage. Show that the first group does not see the second."""
     torch.manual_seed(0)
     model = HybridDETR(5, groups=(4, 12), backbone='tiny', width=64, heads=4, encoder_layers=2,
                        decoder_layers=3, ffn=128, levels=3)

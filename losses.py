@@ -1,29 +1,29 @@
-"""Classification and box losses of matched queries, and the divisors of their sums.
+"""Classification and box losses of a DETR, and the divisors of their sums.
 
 Letters: B images, L decoder layers, N queries, C classes, P matched pairs, M boxes of an
-image. The row of N queries is cut into G groups. Each group is matched on its own, with K
-copies of every ground truth box.
+image. The row of N queries is cut into G groups. A group has n queries and is matched on
+its own, with K copies of every ground truth.
 
-A matched query has one matched entry: the column of its ground truth's class. Its other
-C - 1 entries and all C entries of an unmatched query are background. An entry's loss is
+A query has C class entries. A matched query has one matched entry, in the column of its
+ground truth's class. All other entries are background. The loss of an entry is
 
     weight * BCE(p, t) = weight * (-t log p - (1-t) log(1-p)),   p = sigmoid(logit)
 
-in every row of this table but ce. s is the IoU of the query with its ground truth (q on
-the DEIM slides).
+with target t. (ce is a softmax.) s is the IoU of a matched query with its ground truth (q
+on the DEIM slides).
 
     loss    source              matched: t, weight   background: weight, t = 0   a match at IoU 0
-    ce      DETR                softmax: -log p      0.1: -0.1 log p(no object)  in full
-    bce     DEIM slides         1, 1                 1                           in full
-    focal   Deformable DETR,    1, alpha (1-p)^2     (1-alpha) p^2, alpha = 1/4  in full
+    ce      DETR                softmax: -log p      0.1: -0.1 log p(no object)  as at IoU 1
+    bce     DEIM slides         1, 1                 1                           as at IoU 1
+    focal   Deformable DETR,    1, alpha (1-p)^2     (1-alpha) p^2, alpha = 1/4  as at IoU 1
             DEIM slides         (Stable-DINO Eq. 1 has no alpha)
     vfl     DEIM slides         s, s                 3/4 p^2                     background
     mal     DEIM slides, Eq. 3  s^gamma, 1           p^gamma, gamma = 1.5        t = 0, weight 1
     stable  Stable-DINO, Eq. 3  f1(s), |f1(s)-p|^2   p^2                         background
 
-ce, bce and focal ask every matched query for score 1. vfl, mal and stable ask for the score
-that its box deserves. No gradient flows through s: the score learns from the box, never the
-box from the score.
+The target of ce, bce and focal is 1 for every match. The target of vfl, mal and stable is
+high for a good box only. No gradient flows through s: the score learns from the box, and
+the box does not learn from the score.
 
 The default is the paper's form. `official=True` is the form of the released code:
 
@@ -31,33 +31,24 @@ The default is the paper's form. `official=True` is the form of the released cod
     mal     background's p^gamma has no gradient (DEIM)
     stable  matched entries weigh 1/4, background 3/4 (Stable-DINO)
 
-Three numbers stand in the codes only: 3/4 of vfl, 1.5 of mal, and the exponents 2 of
-stable. Two more points of Stable-DINO's code are left out: exp and sin in F1 take s^2,
-and the rescale never scales down.
+The table's numbers 1/4, 3/4 and 1.5 and its exponents 2 are from the codes.
+Not included: in Stable-DINO's code, exp and sin take s^2, and the rescale never scales down.
 
-The table divides the sum over queries, classes and images. n_box is the number of ground truth
-boxes of the step: of all its batches, averaged over the processes. A divisor below 1
-counts as 1. The papers give two divisors: n_box for boxes (DETR), and the mean over groups
-(Group DETR Eq. 7).
+Each sum over queries, classes and images has a divisor. n_box is the number of ground truth
+boxes of a step. A divisor with n_box is at least 1.
 
-    sum                official code                           here
-    one-to-one         n_box; D-FINE (DEIM): boxes by the      n_box
-                       number of all layers' joint matches
-    one-to-many        K * n_box, also for copies without      K * n_box
-                       a query (H-DETR)
-    G groups           G * n_box (Group DETR)                  n_box, weight 1/G: the same
-    encoder, one head  n_box, labels 0 (H-DETR); full labels,  n_box, labels 0
-                       900 or 300 tokens (Stable-DINO, DEIM)
-    encoder, G heads   G * n_box, full labels (Group DETR)     proposal copies * n_box, labels
-                                                               0, weight of its group
-    denoising groups   groups * n_box, class weight 1          groups * n_box, the loss's
-                       (Stable-DINO)                           class weight
-    ce                 sum of the queries' weights (DETR)      the same, per group
+    one-to-one         n_box (DETR)
+    one-to-many        K * n_box, even if copies outnumber queries (H-DETR's code)
+    G groups           n_box, and weight 1/G (Group DETR Eq. 7)
+    encoder, one head  n_box, all labels 0 (H-DETR's code)
+    encoder, G heads   copies * n_box, all labels 0, weight of the group (Group DETR: real labels)
+    denoising groups   groups * n_box (Stable-DINO's code: class weight 1)
+    ce                 sum of the queries' weights, per group (DETR: of all queries)
 
-Background has the divisor of its group's matches. In a layer without copies that is n_box.
+Matched and background entries of a group have the same divisor.
 
 This file needs torch and torchvision only, and can be copied alone. `python losses.py`
-prints every loss at several scores and IoUs.
+prints every loss at several scores and IoUs, and Table 1 of Stable-DINO.
 """
 import math
 from collections.abc import Sequence
@@ -68,7 +59,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_area, box_convert, box_iou
 
-# L1 and GIoU: all official codes. No code has bce; stable's is in Stable-DINO §4.1.
+# Loss weights of the official codes (stable: Stable-DINO §4.1; bce: ours).
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
 CLASS_WEIGHTS = dict(ce=1.0, bce=1.0, focal=2.0, vfl=1.0, mal=1.0, stable=6.0)
 
@@ -85,22 +76,22 @@ class LossSettings(NamedTuple):
 
 # --- Classification losses: one row of the table each ---
 
-# Matched entries: p (their scores) and quality (IoU s; stable: f1(s)) -> target t and weight.
+# Matched entries: score p and quality (s; stable: f1(s)), both (P,) -> target t and weight.
 MATCHED = {
     'bce': lambda p, quality, settings: (1.0, 1.0),
     'focal': lambda p, quality, settings: (1.0, 0.25 * (1 - p) ** 2),
     # Good matches weigh more. A match without overlap is background.
     'vfl': lambda p, quality, settings: (
         quality, torch.where(quality > 0, quality, 0.0 if settings.official else 0.75 * p ** 2)),
-    # A confident query with a bad box pays in full; in vfl its small IoU is the weight.
+    # Weight 1: a confident query with a bad box pays in full.
     'mal': lambda p, quality, settings: (quality ** settings.mal_gamma, 1.0),
-    # A match with a bad box is hardly encouraged, so an early mistake does not confirm itself
-    # (Stable-DINO §2.4.1, Fig. 3). The weight has a gradient.
+    # A match with a bad box has a low target, so it is not encouraged (Stable-DINO
+    # §2.4.1). The weight has a gradient.
     'stable': lambda p, quality, settings: (
         quality, (quality - p) ** 2 * (0.25 if settings.official else 1.0))}
 
 # Background entries: p -> c and w of the loss c * w * BCE(p, 0).
-# Speed: `background_loss` multiplies the sum by the constant c, not each of L*B*N*C entries.
+# Speed: `background_loss` multiplies the sum by the constant c, not every entry.
 BACKGROUND = {
     'bce': lambda p, settings: (1.0, 1.0),
     # Most of the background already has a low score, and p^2 makes it count little.
@@ -112,10 +103,10 @@ BACKGROUND = {
 
 
 def match_loss(logits: Tensor, quality: Tensor, settings: LossSettings) -> Tensor:
-    """Loss of matched entries.
+    """Loss of matched entries: logits, quality (P,) -> (P,).
 
     With logit x, -log(1-p) = softplus(x) and -log p = softplus(x) - x. So BCE(p, t) is
-    softplus(x) - t x, which is safe for any x.
+    softplus(x) - t x, which is finite for any x.
     """
     target, weight = MATCHED[settings.cls_loss](logits.sigmoid(), quality, settings)
     return weight * (F.softplus(logits) - target * logits)
@@ -130,9 +121,9 @@ def background_loss(logits: Tensor, settings: LossSettings, dim: Sequence[int] =
 
 def class_loss(logits: Tensor, matched: Tensor, quality: Tensor,
                settings: LossSettings = LossSettings()) -> Tensor:
-    """Every loss but ce, for every entry: logits, matched (0 or 1) and quality of one shape.
+    """Loss of every entry, for all losses except ce: three tensors of one shape.
 
-    For examples and tests: `set_loss` does the same without a one-hot `matched`.
+    `matched` is 0 or 1. `set_loss` computes the same without a one-hot `matched`.
     """
     loss = match_loss(logits, quality, settings)
     return torch.where(matched > 0, loss, background_loss(logits, settings))
@@ -141,7 +132,7 @@ def class_loss(logits: Tensor, matched: Tensor, quality: Tensor,
 def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Tensor, Tensor]:
     """DETR's softmax cross-entropy, whose column C is "no object".
 
-    logits (..., C+1), matched (..., C) of 0 and 1 -> weighted loss (...) and its weight (...).
+    logits (..., C+1), matched (..., C) of 0 and 1 -> weighted loss (...), weight (...).
     The weight is 1 for matched and 0.1 for unmatched queries, since most are unmatched.
     """
     is_matched = matched.sum(-1)
@@ -150,9 +141,8 @@ def ce_loss(logits: Tensor, matched: Tensor, no_object: float = 0.1) -> tuple[Te
     return -(target * logits.log_softmax(-1)).sum(-1) * weight, weight
 
 
-# f1(s) of Stable-DINO Table 7: s is a matched query's IoU, p its score. Behind each stands the
-# paper's AP (class weight 10, plain cost, no fusion, NMS; focal loss: 49.2). With p in f1, a
-# confident match with a bad box is encouraged: a conflict that IoU alone resolves (§4.4).
+# f1(s) of Stable-DINO Table 7, with the paper's AP at class weight 10 (focal loss: 49.2). p is
+# the score. §2.4.1 says why p in f1 lowers the AP.
 F1 = {'s0.5': lambda s, p: s ** 0.5,  # 49.3
       's1': lambda s, p: s,  # 49.4
       's2': lambda s, p: s ** 2,  # 49.6, the paper's choice
@@ -161,7 +151,7 @@ F1 = {'s0.5': lambda s, p: s ** 0.5,  # 49.3
       's1p1': lambda s, p: s * p,  # 26.4
       's2p1': lambda s, p: s ** 2 * p,  # 27.4
       'exp': lambda s, p: (s.exp() - 1) / (math.e - 1),  # 49.6
-      'sin': lambda s, p: (s * math.pi / 2).sin()}  # 48.5: concave, so near 1 too soon
+      'sin': lambda s, p: (s * math.pi / 2).sin()}  # 48.5: concave, reaches 1 fast (§4.4)
 
 
 def stable_target(iou: Tensor, score: Tensor, owner: Tensor, peak: Tensor | None,
@@ -173,9 +163,9 @@ def stable_target(iou: Tensor, score: Tensor, owner: Tensor, peak: Tensor | None
     one factor, so that the largest becomes the owner's peak.
         'one'      The peak is 1. This is better with 300 queries.
         'max-iou'  The peak is `largest_iou`. This is better with 900 queries.
-        'none'     The peak is None. With p in f1, a low score then gets a lower target.
+        'none'     The peak is None: no rescale.
     `owner` (P,) int64 is the owner of each pair, and `peak` has one number per owner.
-    Pairs of an owner whose IoUs are all 0 keep target 0.
+    If all IoUs of an owner are 0, its targets stay 0.
     """
     target = F1[f1](iou, score).detach()
     if peak is None:
@@ -200,12 +190,11 @@ def pair_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     # The union is above 0, since every ground truth has an area.
     union = box_area(boxes_xyxy) + box_area(others_xyxy) - overlap
     iou = overlap / union
-    # GIoU = IoU - (hull - union) / hull
     return iou, iou - (hull - union) / hull
 
 
 def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> Tensor:
-    """Largest IoU of any query of a group with any ground truth of its image.
+    """Largest IoU of a group's queries with the ground truths, per layer and image.
 
     boxes (L,B,N,4), gt_boxes: B tensors (M_b,4), sizes: queries of each group -> (L,B,G).
     """
@@ -214,7 +203,7 @@ def largest_iou(boxes: Tensor, gt_boxes: Sequence[Tensor], sizes: list[int]) -> 
     for b, gt in enumerate(gt_boxes):
         iou = box_iou(xyxy[:, b].flatten(0, 1), box_convert(gt, 'cxcywh', 'xyxy'))  # (L*N, M)
         iou = iou.view(len(xyxy), boxes.shape[2], len(gt))
-        # Padding: 0 if a group has no query or an image no box.
+        # The added 0 is the result without queries or boxes.
         of_groups = [F.pad(part.flatten(1), (1, 0)).amax(1)  # (L, n * M) -> (L,)
                      for part in iou.split(sizes, 1)]
         of_images.append(torch.stack(of_groups, 1))
@@ -228,11 +217,11 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor],
 
     logits (L,B,N,C), boxes (L,B,N,4) as cx, cy, w, h in 0..1.
     gt_labels, gt_boxes: B tensors (M_b,), (M_b,4).
-    matches: layer, image, query and ground truth of each pair, 4 x (P,). Ground truths are
-    numbered through the batch.
+    matches: layer, image, query and ground truth of each pair, 4 x (P,). A ground truth is
+    an index into all boxes of the batch.
     groups: each has `queries`, `copies` (a number per layer) and `weight`.
     num_boxes: n_box.
-    Returns three scalars and the IoU (P,), through which no gradient flows.
+    Returns three scalars, and the IoU (P,) without gradient.
     """
     # Half precision is too coarse for these sums.
     logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))
@@ -271,7 +260,7 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor],
     else:
         pair_logits, quality = logits[entry], iou  # (P,)
         if settings.cls_loss == 'stable':
-            # The owner of a pair is entry (layer, image, group) of (L, B, G), as one number.
+            # The owner of a pair is an index into the flat (L, B, G).
             owner = (layer * B + image) * len(groups) + group_of[query]  # (P,)
             peak = None
             if settings.rescale == 'one':
@@ -279,8 +268,8 @@ def set_loss(logits: Tensor, boxes: Tensor, gt_labels: Sequence[Tensor],
             elif settings.rescale == 'max-iou':
                 peak = largest_iou(boxes, gt_boxes, sizes).flatten()
             quality = stable_target(iou, pair_logits.sigmoid(), owner, peak, settings.f1)
-        # Speed: all entries are summed as background, then those of the pairs are exchanged.
-        # A one-hot target would double the work. The error is 1e-7 of the sum in float32.
+        # Speed: sum all entries as background, then exchange the entries of the pairs. A
+        # one-hot target would double the work. The error is 1e-7 of the sum in float32.
         background = (background_loss(logits, settings, (1, 3)) * scale).sum()
         matched = match_loss(pair_logits, quality, settings)  # (P,)
         exchange = (matched - background_loss(pair_logits, settings)) * pair_scale
@@ -296,8 +285,8 @@ def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], 
               settings: LossSettings = LossSettings()) -> tuple[dict[str, Tensor], Tensor]:
     """The loss of a step: H-DETR Eq. 1-6 or Group DETR Eq. 7, depending on the groups.
 
-    outputs: logits and boxes of the decoder, then of the encoder.
-    `encoder_matches` and `proposal_groups` belong to the encoder.
+    outputs: logits and boxes of the decoder, then of the encoder (L = 1).
+    encoder_matches, proposal_groups: matches and groups of the encoder.
     The other arguments are those of `set_loss`.
     Returns the weighted parts, whose sum is the loss, and the IoU (P,) of the decoder's pairs.
     """
@@ -306,7 +295,7 @@ def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], 
     encoder_settings = settings
     if settings.cls_loss == 'ce':
         encoder_settings = settings._replace(cls_loss='focal', class_weight=None)
-    # The encoder's label 0 means "object". Its other columns are background in every token.
+    # The encoder's label 0 means "object". All other columns are background.
     object_labels = [torch.zeros_like(labels) for labels in gt_labels]
     *decoder, iou = set_loss(pred_logits, pred_boxes, gt_labels, gt_boxes, matches, groups,
                              num_boxes, settings)
@@ -316,7 +305,7 @@ def criterion(outputs, gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], 
     return dict(zip(names, (*decoder, *encoder))), iou
 
 
-# --- The worked example ---
+# --- Worked examples ---
 
 def curve(name: str, p: Tensor, iou: float | None) -> tuple[Tensor, Tensor]:
     """Loss and gradient by the logit at scores p (n,), matched at `iou` or unmatched (None)."""
@@ -345,7 +334,22 @@ if __name__ == '__main__':
             cells = [f'{loss:6.3f} {gradient:+.3f}' for loss, gradient in columns]
             print(f'{name:8}{row:16}' + '    '.join(cells))
         print()
-    print('At p = 0.95 and IoU 0.5, a sure query with a bad box, mal pays most; with the class\n'
-          'weights (stable: 6), stable does. At p = 0.25 and IoU 0.5, stable pays nothing: the\n'
-          'score is its target s^2. At IoU 0, vfl and stable treat the match as background, and\n'
-          'mal does not. At IoU 1, a match costs in vfl and mal what it costs in bce.')
+    print('At p = 0.95 and IoU 0.5, mal costs most. With the class weights (stable: 6), stable\n'
+          'costs most. At p = 0.25 and IoU 0.5, stable costs nothing: the score is its target\n'
+          's^2. At IoU 0, a match is background in vfl and stable, but not in mal. At IoU 1, a\n'
+          'match costs the same in vfl, mal and bce.')
+
+    print('\nStable-DINO Table 1. A has the better box (IoU 0.75, p = 0.25), B the higher score\n'
+          '(IoU 0.5, p = 0.75). One is matched, the other is not.\n')
+    predictions = {'A': (0.25, 0.75), 'B': (0.75, 0.5)}  # score p, IoU
+    for name, matched in (('focal', 'A'), ('focal', 'B'), ('stable', 'A'), ('stable', 'B')):
+        row = f'{name:8}{matched} matched'
+        for letter, (p, iou) in predictions.items():
+            _, gradient = curve(name, torch.tensor([p]), iou if letter == matched else None)
+            word = 'encourage' if gradient < 0 else 'restrain'
+            row += f'    {word:9} {letter} {gradient.item():+.3f}'
+        print(row)
+    print('\nfocal encourages the matched prediction. stable encourages only A: a matched B has\n'
+          'target s^2 = 0.25 < p, so B is restrained (the paper: "no encourage"). Both\n'
+          'restrain an unmatched A slightly, since its score is low. The rescale is left out:\n'
+          'it would encourage B if B were the best match of its image.')

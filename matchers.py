@@ -1,40 +1,41 @@
-"""Which query is matched to which object: every scheme is one row of a table.
+"""Match queries to ground truths: every scheme is one row of a table.
 
-The assignment problem (DEIM slides): the dollars that each worker asks for a task.
+In the assignment problem (DEIM slides), each worker asks a price for each task:
 
               bathroom  floors  windows
     Alice         8        4       7
     Bob           5        2       3
     Carol         9        4       8
 
-Each worker takes one task, and the sum shall be as small as possible. Alice takes
-the bathroom, Bob the windows and Carol the floors: 8 + 3 + 4 = 15. Bob would do the
-floors for 2, and still does not get them. In a detector, queries are the workers
-and objects are the tasks. Most queries stay unmatched and learn "background".
+Each worker gets one task, and the sum of the prices is minimised. The best sum is
+8 + 3 + 4 = 15: Alice gets the bathroom, Bob the windows and Carol the floors. Bob
+asks least for the floors, but Carol gets them. In a detector, queries are the
+workers and ground truths are the tasks. Most queries stay unmatched and learn
+"background".
 
-A detector predicts with a fixed row of N queries, each with a box and C class
-scores. The row is cut into groups. A group has a number of queries, a number of
-copies of every ground truth in each decoder layer, and the weight of its loss.
-Queries see only queries of their own group.
-A scheme is a list of groups and nothing more: `query_groups` below is the whole
-subject. (One exception: the boxes that a group starts from, see `encoder_groups`.)
+A detector has a fixed row of N queries. Each query predicts a box and C class
+scores. The row is cut into groups, and self-attention stays inside a group. A group
+has a number of queries, a number of copies of every ground truth in each decoder
+layer, and the weight of its loss. A ground truth with K copies is matched to K
+queries. A scheme is a list of groups and nothing more: see `query_groups`. (One
+exception: where a group's initial boxes come from, see `encoder_groups`.)
 
-The letters are the same in all files of this project:
+Letters:
 
     B images of a batch    L decoder layers       N queries in the row           C classes
     M boxes of one image   K copies of each box   G groups (Group DETR: K)       S encoder tokens
     P matched pairs        D width of a token     V levels of the pyramid        E encoder heads
+    X denoising groups     m largest M in a batch
     n queries of the first group, T of the second (branch)    L1 first layers that are one-to-many
 
-The papers differ in three letters. Group DETR's N is n here. H-DETR's M (epoch) and
-N (layer) are n here, and its m is M here.
+Group DETR's N is n here. H-DETR's M (epoch) and N (layer) are n, and H-DETR's m is M.
 
-Boxes are (cx, cy, w, h) as fractions of the image; `boxes_xyxy` are corners.
+Boxes are (cx, cy, w, h) as fractions of the image. Boxes named xyxy are corners.
 
-One toy goes through all schemes: 6 queries, ground truths A and B, and the cost of
-each pair, the same in both decoder layers. A letter is the ground truth that query
-0..5 is matched to, a dot is an unmatched query. Early and late are the start and
-the end of training (`python matchers.py`).
+`python matchers.py` matches one toy with all schemes. The toy has 6 queries, ground
+truths A and B, and 2 decoder layers with the same costs. A letter is the ground
+truth that a query is matched to, and a dot is an unmatched query. Early and late
+are the start and the end of training.
 
     query    0 1 2 3 4 5
     cost A   1 4 2 3 6 5
@@ -48,10 +49,9 @@ the end of training (`python matchers.py`).
     group     n=2 G=3        2 | 2 | 2    A B | B A | B A      A B | B A | B A     A B | B A | B A
     one2many  n=6 K=2        6            A B B A . .          A B B A . .         A B B A . .
 
-`epoch` changes with time and `layer` with depth. `branch` and `group` never change:
-their extra positives are queries of other groups. There q4 and q5 are matched
-although they cost much: these groups have as many queries as copies to match
-(T = K M = 4, n = M = 2).
+`epoch` changes with time and `layer` with depth. `branch` and `group` never change,
+because their extra positives are in other groups. There q4 and q5 are matched at a
+high cost: their groups have only as many queries as copies (T = K M = 4, n = M = 2).
 
 This file needs torch, torchvision and scipy, and can be copied alone.
 """
@@ -71,65 +71,58 @@ class QueryGroup(NamedTuple):
     """One consecutive part of the query row."""
     queries: int
     copies: tuple[int, ...]   # of each ground truth, in each of the L layers
-    weight: float = 1.0       # of its loss
-    proposal_copies: int = 1  # of each ground truth for an encoder head of its own
-    denoising: bool = False   # its pairs are known beforehand: see `denoising_queries`
+    weight: float = 1.0       # of the group's loss
+    proposal_copies: int = 1  # of each ground truth in the encoder head of this group
+    denoising: bool = False   # matched by `known_pairs`, without a cost
 
 
 def query_groups(scheme: str, layers: int, progress: float = 0.0, *, n: int, T: int = 0, K: int = 1,
                  weight: float = 1.0, rho: float = 2 / 3, L1: int = 0,
                  G: int = 1) -> list[QueryGroup]:
-    """The groups of a scheme at `progress`, which is 0 at the start and 1 at the end of training.
+    """Return the groups of a scheme at `progress` (training starts at 0 and ends at 1).
 
-    The first group is the detector; the others exist only in training. The detector
-    needs no NMS if its last layer is one-to-one at the end of training and its
-    queries never see another group: then one query of each object is rewarded, and
-    every second one is background.
+    The first group is the detector. The other groups exist only in training. The
+    detector needs no NMS if its last layer is one-to-one at the end of training and
+    its queries never see another group. Then one query of each object is rewarded,
+    and self-attention learns to suppress the duplicates.
 
     NUMBER_HELP explains the numbers. A new scheme is a row here and a row of
-    NUMBERS. Copies and weights may change with progress; sizes may not. Groups
-    without queries are left out.
-    Raises ValueError for a scheme that is not in the table.
+    NUMBERS. Copies and weights may change with progress, but sizes may not. Groups
+    without queries are left out. Raises ValueError for an unknown scheme.
     """
     one, many = (1,) * layers, (K,) * layers
-    # loss(P_l, gt) is the loss of layer l's predictions, matched one-to-one with
-    # the ground truths. loss(P_l, K gt) repeats each ground truth K times, which
-    # makes it one-to-many.
+    # loss(P_l, gt): the predictions of layer l are matched one-to-one with the
+    # ground truths. loss(P_l, K gt): each ground truth is repeated K times, so the
+    # matching is one-to-many.
     table = {
         # DETR; H-DETR Eq. 1: sum over l of loss(P_l, gt).
         'one2one': [QueryGroup(n, one)],
-        # H-DETR §3.2.1: Eq. 1 for the first group, plus lambda times Eq. 2, the sum
-        # over l of loss(P_l, K gt), for the second. Its T queries compete for the
-        # copies of each ground truth, so each copy goes to a different query. K = 1
-        # and K = 2 are worse than the baseline, K >= 3 is better (Table 9): the
-        # second group has worse proposals, and few copies do not outweigh that (the
-        # authors' guess, §4.2). For proposal_copies see `encoder_groups`.
+        # H-DETR §3.2.1: Eq. 1 for the first group, plus lambda times Eq. 2 for the
+        # second: sum over l of loss(P_l, K gt). K = 1 and K = 2 are worse than the
+        # baseline; K >= 3 is better (Table 9). T = 0 is the baseline.
         'branch': [QueryGroup(n, one), QueryGroup(T, many, weight, proposal_copies=K + 1)],
         # H-DETR §3.2.2, Eq. 3: sum over l of loss(P_l, K gt) for the first rho of
         # training; then Eq. 4, which is Eq. 1 again.
         'epoch': [QueryGroup(n, many if progress < rho else one)],
         # H-DETR §3.2.2, Eq. 5 and 6: loss(P_l, K gt) summed over l <= L1, plus
-        # loss(P_l, gt) summed over l > L1. In print the two sums overlap. This is
-        # what the text and the 504 positives of §4.2 say.
+        # loss(P_l, gt) summed over l > L1. (The printed Eq. 6 starts at l = L1: a
+        # misprint.)
         'layer': [QueryGroup(n, many[:L1] + one[L1:])],
-        # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses.
-        # Self-attention is how duplicate queries are suppressed, and the other
-        # groups are gone at inference. So a group must not see them (Eq. 5; Table
-        # 7: 34.8 AP with attention across groups, 37.6 without). Each group is also
-        # matched and weighted by itself.
+        # Group DETR Eq. 7: 1/G times the sum of the groups' one-to-one losses. A
+        # group must not see the others, which are absent at inference (Eq. 5; Table
+        # 7: 34.8 AP with attention across groups, 37.6 without).
         'group': [QueryGroup(n, one, 1 / G)] * G,
         # H-DETR Table 13 row 1, Group DETR Table 7 (b): K queries are rewarded for
-        # one object and nothing ranks them, so inference needs NMS.
+        # the same object, so inference needs NMS.
         'one2many': [QueryGroup(n, many)],
     }
     if scheme not in table:
         raise ValueError(f'unknown scheme {scheme!r}: choose from {", ".join(table)}')
-    # T = 0 is the baseline.
     return [group for group in table[scheme] if group.queries > 0]
 
 
-# The numbers of each scheme: those of `tiny`, and the papers' on COCO. No paper
-# gives one2many a K.
+# Numbers of each scheme: of a small model (`tiny`), and of the papers on COCO. The
+# papers give no K for one2many.
 NUMBERS = {
     'one2one': (dict(n=50), dict(n=300)),
     'branch': (dict(n=50, T=150, K=6, weight=1.0),
@@ -140,14 +133,14 @@ NUMBERS = {
     'one2many': (dict(n=200, K=6), dict(n=1800, K=6)),
 }
 
-# What each number of `query_groups` means, and its lowest and highest value.
+# Meaning, lowest and highest value of each number of `query_groups`.
 NUMBER_HELP = {
     'n': ('queries of the first group, which is the detector', 1, 100_000),
-    'T': ('branch: queries of the one-to-many group; 0 is the baseline', 0, 100_000),
-    'K': ('branch, epoch, layer, one2many: copies of each ground truth', 1, 10_000),
-    'weight': ('branch: lambda, the loss weight of the one-to-many group', 0, 1e6),
-    'rho': ('epoch: the part of training that is one-to-many', 0, 1),
-    'L1': ('layer: the number of first decoder layers that are one-to-many', 0, 100),
+    'T': ('branch: queries of the one-to-many group (0: none)', 0, 100_000),
+    'K': ('copies of each object (not in one2one and group)', 1, 10_000),
+    'weight': ('branch: loss weight lambda of the one-to-many group', 0, 1e6),
+    'rho': ('epoch: first part of training, which is one-to-many', 0, 1),
+    'L1': ('layer: number of first, one-to-many decoder layers', 0, 100),
     'G': ('group: the number of groups', 1, 1000),
 }
 
@@ -155,10 +148,9 @@ NUMBER_HELP = {
 def expected_positives(scheme: str, layers: int, epochs: float, **numbers) -> float:
     """Count the positives of one ground truth in a whole training, if there are enough queries.
 
-    All layers and groups count. H-DETR §4.2 has 504 in 12 epochs for all its
-    schemes.
+    All layers and groups count. Each scheme of H-DETR has 504 in 12 epochs (§4.2).
     """
-    # Evenly spread moments of training, so that any row of the table can be counted.
+    # Copies may change with progress, so average over evenly spread moments.
     moments = 600
     groups = [group for moment in range(moments)
               for group in query_groups(scheme, layers, (moment + 0.5) / moments, **numbers)]
@@ -170,7 +162,7 @@ def expected_positives(scheme: str, layers: int, epochs: float, **numbers) -> fl
 class Matches(NamedTuple):
     """P matched pairs: prediction [layer, image, query] is matched to ground truth `gt`.
 
-    `gt` is an index into all boxes of the batch. All are int64 of shape (P,).
+    `gt` is an index into all boxes of the batch. All four are int64 (P,).
     """
     layer: Tensor
     image: Tensor
@@ -181,10 +173,10 @@ class Matches(NamedTuple):
 class Cost(NamedTuple):
     """Settings of the matching cost.
 
-    class_weight: w of `matching_cost`; DETR's softmax cost has 1 (official code).
+    class_weight: w of `matching_cost`. With softmax, DETR's code has w = 1.
     f2: the exponent of s' in 'stable' (Stable-DINO Table 9: 0.5 is best).
-    official: 'stable' has the alpha of the released code.
-    softmax: scores of DETR's cross-entropy, with column C for "no object".
+    official: 'stable' has alpha = 1/4, as in the released code.
+    softmax: the scores are DETR's softmax, with column C for "no object".
     """
     kind: str = 'focal'  # or 'stable'
     class_weight: float = 2.0
@@ -194,64 +186,63 @@ class Cost(NamedTuple):
 
 
 def class_scores(logits: Tensor, softmax: bool = False) -> Tensor:
-    """(..., C) -> sigmoid scores. With softmax (..., C+1) -> (..., C), without "no object"."""
+    """Scores (..., C): sigmoid of logits (..., C), or softmax of (..., C+1) without "no object"."""
     return logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
 
 
 def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
                   settings: Cost = Cost()) -> Tensor:
-    """The cost of matching each query to each ground truth, in one image and all layers.
+    """Cost of matching each query to each ground truth, for one image and all layers.
 
     (L,N,C), (L,N,4), (M,), (M,4) -> (L,N,M)
 
         cost = w * class + 5 * |box - gt|_1 - 2 * GIoU,  w = 2
         class = alpha (1-p)^2 (-log p) - (1-alpha) p^2 (-log(1-p)),  alpha = 1/4,
                 where p is the score of gt's class
-        kind 'stable' (Stable-DINO Eq. 4): p * s'^f2 replaces p, with s' = (GIoU+1)/2, and both
-                alpha and 1-alpha become 1
+        kind 'stable' (Stable-DINO Eq. 4): p * s'^f2 replaces p, with s' = (GIoU+1)/2;
+                1 replaces alpha and 1-alpha
         softmax (DETR, DEIM slides Eq. 2): class = -p, or -p * s'^f2
 
-    The focal class part is the change of the focal loss if the query became
-    positive (official code of Deformable DETR; Stable-DINO Eq. 2 has no alpha).
+    `class` is the focal loss as a match minus the focal loss as background (code of
+    Deformable DETR; Stable-DINO Eq. 2, without alpha). Each pair has its own s'.
     Stable-DINO's code keeps one s' per query and class, so later boxes overwrite
-    earlier ones. Here each pair has its own, as in the paper.
+    earlier ones.
     """
-    # Compute in float32: 1e-8 underflows in float16, bfloat16 rounds p near 1 to
-    # 1/256.
+    # Compute in float32: 1e-8 underflows in float16, and bfloat16 has steps of 1/256
+    # near p = 1.
     pred_logits, pred_boxes = (x.to(torch.promote_types(x.dtype, torch.float32))
                                for x in (pred_logits, pred_boxes))
     boxes = pred_boxes.flatten(0, 1)  # (L*N, 4)
     l1 = torch.cdist(boxes, gt_boxes, p=1).view(*pred_boxes.shape[:2], len(gt_boxes))  # (L, N, M)
     gt_xyxy, xyxy = (box_convert(x, 'cxcywh', 'xyxy') for x in (gt_boxes, boxes))
-    # Speed: with the few ground truths first it is faster on the CPU.
+    # Speed: the CPU is faster with the few ground truths first.
     giou = generalized_box_iou(gt_xyxy, xyxy).T.reshape(l1.shape)  # (M, L*N) -> (L, N, M)
-    # p (L, N, M) has the column of each ground truth's class. A softmax needs all
-    # columns first.
+    # p (L, N, M): the score of each ground truth's class. A softmax needs all columns.
     if settings.softmax:
         p = class_scores(pred_logits, softmax=True)[..., gt_labels]
     else:
         p = class_scores(pred_logits[..., gt_labels])
-    if settings.kind == 'stable':  # a high score does not help a query with a bad box
+    if settings.kind == 'stable':  # a bad box lowers the score
         p = p * ((giou + 1) / 2) ** settings.f2
     if settings.softmax:
         class_cost = -p
     else:
         without_alpha = settings.kind == 'stable' and not settings.official
         alpha, rest = (1.0, 1.0) if without_alpha else (0.25, 0.75)
-        # 1e-8 as in the official codes.
+        # All official codes add 1e-8.
         as_match = alpha * (1 - p) ** 2 * -(p + 1e-8).log()
         as_background = rest * p ** 2 * -(1 - p + 1e-8).log()
         class_cost = as_match - as_background
-    return settings.class_weight * class_cost + 5 * l1 - 2 * giou  # 5 and 2 as in losses.py
+    return settings.class_weight * class_cost + 5 * l1 - 2 * giou  # 5 and 2: all official codes
 
 
 def one_to_many(cost: Tensor, copies: int) -> tuple[Tensor, Tensor]:
     """Match every ground truth with `copies` queries: (N,M) on the CPU -> query_idx, gt_idx.
 
     H-DETR Eq. 2: repeat the ground truths K times, and solve one-to-one (Hungarian
-    assignment). The cost is computed once and repeated here. If K*M > N, the
-    cheapest N pairs in sum are made, and the other copies stay unmatched: both
-    results have the shape (min(N, K*M),).
+    assignment). The cost is computed once and repeated here. If K*M > N, every query
+    is matched, and the remaining copies stay unmatched. Both results have the shape
+    (min(N, K*M),).
     """
     # Column c of the repeated costs is copy c // M of ground truth c % M. Two
     # columns never share a query, so each copy goes to a different query.
@@ -261,11 +252,10 @@ def one_to_many(cost: Tensor, copies: int) -> tuple[Tensor, Tensor]:
 
 
 def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
-    """Solve every layer, image and group separately: B costs (L,N,M_b) on the CPU -> Matches.
+    """Match each layer, image and group separately: B costs (L,N,M_b) on the CPU -> Matches.
 
-    Neither groups nor layers compete for a ground truth. An unmatched query learns
-    "background" from the class loss and nothing from the box losses
-    (losses.set_loss).
+    In every layer, every group is matched to all ground truths. An unmatched query
+    learns "background" from the class loss and has no box loss.
     """
     pairs, first_gt = [], 0
     for image, cost in enumerate(costs):
@@ -288,40 +278,40 @@ def assign(costs: list[Tensor], groups: list[QueryGroup]) -> Matches:
 # --- Denoising queries ---
 
 class Denoising(NamedTuple):
-    """Queries made from ground truths, in X groups of m slots with little noise and m with much.
+    """Noisy copies of the ground truths as queries: X groups of 2m slots.
 
-    m is the number of boxes of the fullest image; other images leave slots empty.
-    All X groups are one QueryGroup of the row. Each of them sees itself and the
-    detector, and no matching query sees any of them
-    (hybrid_detr.GroupSelfAttention).
+    In each group, m slots have little noise and m slots have much. An image with
+    fewer than m boxes leaves slots empty. The X groups are one QueryGroup, the last
+    of the row. In self-attention a denoising group sees itself and the detector. No
+    other query sees a denoising query, because that would show the answer.
     """
     labels: Tensor  # (B, X*2*m) int64, C at empty slots
     boxes: Tensor  # (B, X*2*m, 4)
     groups: int  # X
 
     def query_group(self, layers: int) -> QueryGroup:
-        """One more group of the row: every ground truth has a copy in each denoising group."""
+        """Return one QueryGroup, with a copy of every ground truth in each denoising group."""
         return QueryGroup(self.labels.shape[1], (self.groups,) * layers, denoising=True)
 
 
 def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], num_classes: int,
                       number: int = 100, label_noise: float = 0.5,
                       box_noise: float = 1.0) -> Denoising:
-    """Contrastive denoising (DINO; used by Stable-DINO and DEIM): restore noisy boxes and labels.
+    """Make denoising queries, as in DINO (contrastive denoising), Stable-DINO and DEIM.
 
-    gt_labels, gt_boxes: B tensors (M_b,), (M_b,4). There are X = max(1, number //
-    m) groups, so the fullest image has about `number` noisy ground truths. A label
-    is drawn anew with probability label_noise / 2 (DINO's code). Each corner moves
-    by r * half the box's width or height * box_noise, to either side. The first m
-    queries of a group have r in 0..1 and are matched to their ground truth. The
-    other m have r in 1..2: they are near misses and learn "background". Crossed
-    corners are put in order (DEIM's code). A batch without boxes has one group of
-    empty slots, so that every step runs the same graph (DINO's code).
+    The decoder learns to restore noisy labels and boxes. gt_labels, gt_boxes: B
+    tensors (M_b,), (M_b,4). There are X = max(1, number // m) groups. A label is
+    drawn anew with probability label_noise / 2 (DINO's code). A corner moves by
+    r * w/2 * box_noise to the left or right, and by r * h/2 * box_noise up or down.
+    The first m queries of a group have r in 0..1 and are matched to their ground
+    truth. The other m queries have r in 1..2 and learn "background". If corners
+    cross, they are put in order (DEIM's code). A batch without boxes has one group
+    of empty slots, so that every step runs the same graph (DINO's code).
     """
     B, m = len(gt_labels), max(1, *map(len, gt_labels))
     X = max(1, number // m) if any(map(len, gt_labels)) else 1
-    # One image of m boxes more, dropped again, makes the length m in a batch
-    # without boxes as well.
+    # One extra image of m boxes, dropped below, makes the padded length m in any
+    # batch.
     more_labels = gt_labels[0].new_empty(m)
     more_boxes = gt_boxes[0].new_empty(m, 4)
     labels = pad_sequence([*gt_labels, more_labels], batch_first=True,
@@ -341,7 +331,7 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
     half = torch.cat([boxes[..., 2:]] * 2, -1) / 2  # (w, h, w, h) / 2
     shift = sign * (torch.rand_like(boxes) + far) * half * box_noise
     corners = box_convert(boxes, 'cxcywh', 'xyxy') + shift
-    # Two rows (x, y): the smaller x and the smaller y come first.
+    # Sort two rows (x, y): the smaller x and the smaller y come first.
     ordered = corners.clamp(0, 1).unflatten(-1, (2, 2)).sort(-2).values.flatten(-2)
     boxes = torch.where(empty[..., None], boxes, box_convert(ordered, 'xyxy', 'cxcywh'))
     return Denoising(labels.flatten(1), boxes.flatten(1, 3), X)
@@ -350,8 +340,7 @@ def denoising_queries(gt_labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], n
 def known_pairs(queries: int, X: int, M: int) -> tuple[Tensor, Tensor]:
     """Match slot j of each of X denoising groups to ground truth j: -> query_idx, gt_idx (X*M,).
 
-    A group has 2m slots and m >= M, so these slots lie in its half with little
-    noise.
+    A group has 2m slots and m >= M, so slots 0 to M-1 have little noise.
     """
     first = torch.arange(X) * (queries // X)
     return (first[:, None] + torch.arange(M)).flatten(), torch.arange(M).repeat(X)
@@ -360,12 +349,13 @@ def known_pairs(queries: int, X: int, M: int) -> tuple[Tensor, Tensor]:
 # --- A training step ---
 
 def encoder_groups(groups: list[QueryGroup], heads: int, tokens: int) -> list[QueryGroup]:
-    """The encoder's proposals as a row of one layer: one group of S tokens for each of E heads.
+    """Return the groups of the encoder's proposals: a row of one layer, S tokens for each head.
 
-    A single head is matched one-to-one (official code of H-DETR). With a head per
-    group, each is matched one-to-one as well (Group DETR A.2 and its code) and has
-    the weight of its group. The head of H-DETR's one-to-many group has K + 1
-    copies: the detector's and its own K (App. D).
+    Every encoder token proposes a box, and the best proposals are a group's initial
+    boxes. A single head serves all groups and is matched one-to-one (code of
+    H-DETR). If each group has a head (Group DETR A.2), the head has the weight of
+    its group and is matched one-to-one. One exception: the head of H-DETR's
+    one-to-many group has K + 1 copies (App. D).
     """
     if heads == 1:
         return [QueryGroup(tokens, (1,))]
@@ -379,27 +369,25 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
           proposal_groups: list[QueryGroup], settings: Cost = Cost()) -> tuple[Matches, Matches]:
     """Match every layer, image and group of a training step, and the encoder's proposals.
 
-    pred_* (L,B,N,.), encoder_* (1,B,E*S,.), gt_* B tensors (M_b,) and (M_b,4);
+    pred_* (L,B,N,.), encoder_* (1,B,E*S,.), gt_* B tensors (M_b,) and (M_b,4).
     groups and proposal_groups say how the rows are cut. Returns the decoder's and
-    the encoder's Matches. The encoder is matched with every label 0, which means
-    "object" there (official code of H-DETR). Raises FloatingPointError, with part,
-    layer and image, if a logit or a box is not finite.
+    the encoder's Matches. In the encoder every label is 0, which means "object"
+    (code of H-DETR). Raises FloatingPointError if a logit or a box is not finite.
     """
     images = range(len(gt_boxes))
-    # Denoising queries come last in the row, and need no cost.
+    # Denoising queries come last in the row and need no cost.
     matching = sum(group.queries for group in groups if not group.denoising)
     costs = [matching_cost(pred_logits[:, b, :matching], pred_boxes[:, b, :matching], gt_labels[b],
                            gt_boxes[b], settings) for b in images]
-    # The encoder scores with a sigmoid always, as in losses.criterion.
+    # The encoder always scores with a sigmoid.
     if settings.softmax:
         settings = settings._replace(softmax=False, class_weight=2.0)
     costs += [matching_cost(encoder_logits[:, b], encoder_boxes[:, b],
                             torch.zeros_like(gt_labels[b]), gt_boxes[b], settings) for b in images]
-    # (L+1, B): a sum is not finite if any logit or box is not.
+    # (L+1, B): one NaN or infinite value makes its sum NaN or infinite.
     rows = (pred_logits, pred_boxes), (encoder_logits, encoder_boxes)
     sums = torch.cat([sum(x.sum((2, 3), dtype=torch.float32) for x in row) for row in rows])
-    # Speed: all costs cross to the CPU in one transfer, so the CPU waits for the
-    # GPU once a step.
+    # Speed: with one transfer of all costs, the CPU waits for the GPU only once.
     on_gpu = [*costs, sums]
     flat = torch.cat([x.flatten() for x in on_gpu]).cpu()
     parts = flat.split([x.numel() for x in on_gpu])
@@ -412,7 +400,7 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
                                  'the batch (lower the learning rate?)')
     decoder = assign(costs[:len(images)], groups)
     encoder = assign(costs[len(images):], proposal_groups)
-    # Stacked to (4, P), each crosses to the GPU in one copy.
+    # Speed: a stack (4, P) goes to the GPU in one copy.
     device = pred_logits.device
     return tuple(Matches(*torch.stack(matches).to(device, non_blocking=True))
                  for matches in (decoder, encoder))
@@ -420,20 +408,20 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, encoder_logits: Tensor, encod
 
 def matching_stats(outputs, matches: Matches, labels: Tensor, iou: Tensor, sizes: tuple[int, ...],
                    softmax: bool = False) -> dict[str, Tensor]:
-    """Statistics of a step's matching, which show whether the detector learns to choose.
+    """Summarise a step's matches.
 
     Statistics of the detector (first group) in its last layer: summed IoU and score
     of the matched pairs, their number, and the best score of an unmatched query
     (mean over the images). `pairs` counts the pairs of all groups and layers,
-    without denoising. labels (sum of M_b,), iou (P,), sizes: queries of each group.
-    Speed: boolean indexing would wait for the GPU.
+    without denoising. outputs.pred_logits (L,B,N,.), labels (sum of M_b,), iou (P,),
+    sizes: queries of each group. Speed: boolean indexing would wait for the GPU.
     """
     n = sizes[0]
     scores = class_scores(outputs.pred_logits[-1].detach(), softmax)  # (B, N, C)
     last = len(outputs.pred_logits) - 1
     is_final = (matches.layer == last) & (matches.query < n)  # (P,)
     pair_scores = scores[matches.image, matches.query, labels[matches.gt]] * is_final
-    # Pairs of other layers add 0 to the same cells.
+    # All other pairs add 0.
     matched = torch.zeros_like(scores[..., 0]).index_put(
         (matches.image, matches.query), is_final.to(scores), accumulate=True)  # (B, N)
     unmatched = (scores.amax(-1) * (1 - matched))[:, :n]
@@ -450,7 +438,7 @@ TOY_ROWS = {'one2one': dict(n=6), 'branch': dict(n=2, T=4, K=2), 'epoch': dict(n
 
 
 def toy(scheme: str, layer: int, progress: float) -> tuple[list[QueryGroup], list[str]]:
-    """The groups of a scheme with 2 decoder layers, and 'A', 'B' or '.' for each toy query."""
+    """Match the toy: return the groups of a scheme, and 'A', 'B' or '.' for each query."""
     groups = query_groups(scheme, 2, progress, **TOY_ROWS[scheme])
     letters = ['.'] * len(TOY_COST)
     matches = assign([TOY_COST.expand(2, -1, -1)], groups)

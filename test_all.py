@@ -2110,7 +2110,7 @@ class TestReadme(unittest.TestCase):
                 else:
                     given, machine = train.parse(flags)
                     self.assertTrue(machine.resume or train.complete(given))
-        self.assertGreater(min(map(parsed.count, ('train', 'eval'))), 7)
+        self.assertGreater(min(map(parsed.count, ('train', 'eval'))), 3)
 
 
 if __name__ == '__main__':

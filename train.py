@@ -3,12 +3,11 @@
 SETTINGS holds every setting of a run, `train` is the loop, and
 `loss_of` is the loss of a batch.
 
-Under `torchrun --nproc_per_node=W` the same code runs in W
-processes, each with --batch-size images of its own. `machine`
-holds the flags that are not settings, and torchrun's `rank` (the
-number of this process) and `world` (W).
+`torchrun --nproc_per_node=W` starts W processes. Each one has
+--batch-size images of its own. `machine` holds `rank` (the
+process number), `world` (W) and the flags that are not settings.
 
-Letters as in matchers.py.
+matchers.py explains the letters.
 """
 import argparse
 import contextlib
@@ -50,11 +49,11 @@ from matchers import (NUMBER_HELP, NUMBERS, Cost, denoising_queries, encoder_gro
 class Row(NamedTuple):
     """A row of SETTINGS: one setting of a run, and its flag.
 
-    default: a pair is (tiny, other models); a function takes the
-    other settings.
-    needs: the (name, value) that another setting must have.
+    default: a value, a pair (tiny, other models), or a function of
+    the settings.
+    needs: the setting (name, value) that the flag requires.
     kind: the type, if the default does not show it.
-    bare: the value of a flag that stands alone.
+    bare: the value if the flag stands alone.
     """
     default: object
     help: str
@@ -66,20 +65,20 @@ class Row(NamedTuple):
     bare: object = None
 
 
-# Stable-DINO and DEIM change no group. A preset is one2one with
-# the paper's switches, which go with every scheme, and the
-# denoising of the detectors that they build on.
+# A preset is one2one with a paper's switches. They work with
+# every scheme. Both papers use `denoising`.
 PRESETS = {
     'stable': dict(cls_loss='stable', cost='stable', fusion='dense', denoising=100),
-    # More queries for tiny: a mosaic has the objects of four images.
+    # tiny has 100 queries, not 50: a mosaic holds four images.
     'deim': dict(cls_loss='mal', dense_o2o=True, schedule='flat-cosine',
                  ema=(0.98, 0.9999), denoising=100, n=(100, 300)),
 }
 
 SETTINGS = {
     'what to train': dict(
-        scheme=Row('branch', 'matching scheme or preset', choices=(*NUMBERS, *PRESETS)),
-        data=Row('shapes', 'shapes, or a folder in COCO layout'),
+        scheme=Row('branch', 'matching scheme; stable, deim: one2one with the switches below',
+                   choices=(*NUMBERS, *PRESETS)),
+        data=Row('shapes', 'shapes (drawn), or a COCO folder'),
         model=Row('tiny', 'tiny, r50, or a ResNet or Swin of torchvision'),
         overfit=Row(0, 'train and evaluate on the first N images')),
     "the scheme's numbers (defaults: matchers.NUMBERS)": dict(
@@ -87,83 +86,83 @@ SETTINGS = {
          for name, row in NUMBER_HELP.items()},
         selection=Row(
             lambda s: 'heads' if s['scheme'] == 'group' and not s['one_stage'] else 'ranks',
-            'proposals of a group: ranks, the next of one head (H-DETR); heads, the best of '
-            'its own head (Group DETR A.2; default of group); distinct, as heads, but none '
-            'of an earlier group (H-DETR App. D)', choices=('ranks', 'heads', 'distinct'),
-            needs=('one_stage', False)),
-        separate_attention=Row(True, 'groups do not see each other in training')),
+            'proposals of a group. ranks: the next best of a shared head; heads: the best of '
+            'its own head (default of group); distinct: as heads, but no token twice',
+            choices=('ranks', 'heads', 'distinct'), needs=('one_stage', False)),
+        separate_attention=Row(True, 'no attention between groups in training')),
     'Stable-DINO and DEIM, with every scheme': dict(
         cls_loss=Row('focal', 'classification loss', choices=CLASS_WEIGHTS),
         class_weight=Row(lambda s: CLASS_WEIGHTS[s['cls_loss']],
-                         'weight of --cls-loss (1; focal 2, stable 6)', kind=float),
-        mal_gamma=Row(1.5, 'mal: exponent', 1, 100, needs=('cls_loss', 'mal')),
-        f1=Row('s2', 'stable: target of a score (Stable-DINO Table 7)', choices=F1,
+                         'weight of --cls-loss (default 1; focal 2, stable 6)', kind=float),
+        mal_gamma=Row(1.5, 'mal: target score is IoU^N', 1, 100, needs=('cls_loss', 'mal')),
+        f1=Row('s2', 'stable: target score; s2p1: IoU^2 * score', choices=F1,
                needs=('cls_loss', 'stable')),
-        rescale=Row('one', 'stable: what the largest target becomes (§2.2)',
+        rescale=Row('one', 'stable: scale the largest target to this',
                     choices=('one', 'max-iou', 'none'), needs=('cls_loss', 'stable')),
-        official_losses=Row(False, "the released codes' vfl, mal, stable loss and cost"),
-        cost=Row('focal', 'matching cost (Stable-DINO Eq. 4)', choices=('focal', 'stable')),
+        official_losses=Row(False, "the released code's vfl, mal, stable"),
+        cost=Row('focal', 'matching cost; stable: score * quality', choices=('focal', 'stable')),
         cost_class=Row(lambda s: 1.0 if s['cls_loss'] == 'ce' else 2.0,
-                       'class weight in the cost (2; ce 1)', kind=float),
-        f2=Row(0.5, "stable: exponent of the box's quality", 0, 100, needs=('cost', 'stable')),
-        fusion=Row('none', 'join backbone and encoder features (Stable-DINO §3)',
+                       'weight of the class cost (default 2; ce 1)', kind=float),
+        f2=Row(0.5, 'stable cost: exponent of the box quality', 0, 100, needs=('cost', 'stable')),
+        fusion=Row('none', 'join backbone and encoder features',
                    choices=('none', 'simple', 'ulike', 'dense')),
-        denoising=Row(0, 'noisy ground truths of an image (100 without N)', 0, 10_000, bare=100),
-        dense_o2o=Row(False, 'mosaic and mixup, from 7 to 57 %% of training'),
-        ema=Row(0.0, 'evaluate and save a moving average of decay N', 0, 1, bare=(0.98, 0.9999))),
-    'model: depth, and the switches of H-DETR Table 8': dict(
-        decoder_layers=Row((3, 6), 'their number L', 1, 100),
+        denoising=Row(0, 'noisy ground truths as queries (no N: 100)', 0, 10_000, bare=100),
+        dense_o2o=Row(False, 'mosaic and mixup from 7 to 57 %% of training'),
+        ema=Row(0.0, 'evaluate and save averaged weights, decay N (no N: tiny 0.98, else '
+                '0.9999)', 0, 1, bare=(0.98, 0.9999))),
+    'model, with the switches of H-DETR Table 8': dict(
+        decoder_layers=Row((3, 6), 'number of decoder layers', 1, 100),
         ffn=Row((256, 2048), 'feed-forward width', 1, 100_000),
-        dropout=Row(0.0, 'in the transformer', 0, 1),
-        one_stage=Row(False, 'queries are learned, no proposals (Deformable DETR §4.1)'),
+        dropout=Row(0.0, 'dropout rate in the transformer', 0, 1),
+        one_stage=Row(False, 'learned queries instead of proposals'),
         mixed_selection=Row(True, 'query content is learned', needs=('one_stage', False)),
-        look_forward_twice=Row(True, 'the box loss reaches one layer further back'),
-        pretrained=Row((False, True), 'ImageNet backbone, batch norm fixed')),
+        look_forward_twice=Row(True, 'box loss also trains the previous head'),
+        pretrained=Row((False, True), 'ImageNet backbone with fixed batch norm')),
     'optimisation (tiny on photographs: 2800 steps of 4, size 192, lr 0.0007)': dict(
         image_size=Row((128, 800), 'largest short side', 64, 10_000),
-        vertical_flip=Row(False, 'for photographs without an up'),
-        batch_size=Row((16, 2), 'images of a step, per process', 1),
-        accumulate=Row(1, 'batches that add up to a step', 1),
+        vertical_flip=Row(False, 'also flip images upside down'),
+        batch_size=Row((16, 2), 'images per batch and process', 1),
+        accumulate=Row(1, 'batches per step; their gradients add up', 1),
         epochs=Row((None, 12.0), 'passes over the images', 1e-9, kind=float),
-        steps=Row((600, None), 'instead of epochs', 1, kind=int),
+        steps=Row((600, None), 'steps instead of epochs', 1, kind=int),
         lr=Row((1e-3, 2e-4), 'learning rate'),
-        schedule=Row(('cosine', 'step'), 'step: a tenth at the end; cosine: down to 0; '
-                     'flat-cosine: constant, then down to a half',
+        schedule=Row(('cosine', 'step'), 'step: at the end, lr falls to a tenth; cosine: to 0; '
+                     'flat-cosine: constant, then to a half',
                      choices=('step', 'cosine', 'flat-cosine')),
         # DEIM warms up for 2000 of 440,000 steps.
         warmup=Row((0.05, lambda s: 0.005 if s['schedule'] == 'flat-cosine' else 0.0),
-                   'part of training with a rising rate', 0, 1, kind=float),
-        weight_decay=Row(1e-4, 'of AdamW'),
+                   'part of training with rising lr (default tiny 0.05; else 0, flat-cosine 0.005)',
+                   0, 1, kind=float),
+        weight_decay=Row(1e-4, 'weight decay of AdamW'),
         clip=Row(0.1, 'largest norm of the gradient', 1e-9),
-        seed=Row(0, 'of everything random', 0, 2 ** 31 - 1)),
+        seed=Row(0, 'seed of everything random', 0, 2 ** 31 - 1)),
     'start and evaluation': dict(
-        init=Row(None, 'start from this checkpoint, as far as it fits', kind=str),
-        init_part=Row('all', 'take only this from --init', choices=PARTS),
+        init=Row(None, 'start from the weights of this file that fit', kind=str),
+        init_part=Row('all', 'take only this part from --init', choices=PARTS),
         fixed_encoder=Row(False, 'do not train what --init-part takes'),
-        eval_every=Row(None, 'epochs between evaluations (default a third)', 1e-9, kind=float),
-        unstable=Row(0, 'unstable score of N images')),
+        eval_every=Row(None, 'epochs per evaluation (default a third of all)', 1e-9, kind=float),
+        unstable=Row(0, '%% of objects that change their query between layers, on N images')),
 }
 ROWS = {name: row for rows in SETTINGS.values() for name, row in rows.items()}
 
-# tiny on a folder of photographs, which vary more than shapes.
+# tiny's defaults on photographs.
 PHOTOS = dict(image_size=192, batch_size=4, steps=2800, lr=7e-4)
 TINY_MODEL = dict(width=96, heads=4, encoder_layers=2, levels=3)
 PAPER_MODEL = dict(width=256, heads=8, encoder_layers=6, levels=4)
-# In steps (tiny, others). DEIM's code has 2000.
+# Steps (tiny, others). DEIM's code has 2000.
 AVERAGE_WARMUP = (20, 2000)
 LOG_EVERY = 50  # steps
 
 
 def pick(value, is_tiny):
-    """The half of a pair (tiny, other models) that applies; else the value."""
+    """Choose from a pair (tiny, other models). Other values stay."""
     return value[0 if is_tiny else 1] if isinstance(value, tuple) else value
 
 
 def add_settings(parser):
     """Add a flag for each row of SETTINGS.
 
-    A flag that is not given leaves no trace, so `complete` sees
-    what the user chose.
+    Flags that are not given are absent from the result.
     """
     for title, rows in SETTINGS.items():
         group = parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
@@ -186,8 +185,8 @@ def add_settings(parser):
 def complete(given):
     """Fill in the settings that were not given.
 
-    Raises UserError for flags that contradict each other, and for
-    one that nothing would read.
+    Raises UserError for flags that contradict each other or have
+    no effect.
     """
     scheme, is_tiny = given.get('scheme', 'branch'), given.get('model', 'tiny') == 'tiny'
     photos = PHOTOS if is_tiny and given.get('data', 'shapes') != 'shapes' else {}
@@ -196,7 +195,7 @@ def complete(given):
     # The later dict wins.
     s |= photos | numbers | PRESETS.get(scheme, {}) | given
     s = {name: pick(value, is_tiny) for name, value in s.items()}
-    # Defaults that follow from other settings.
+    # Some defaults depend on other settings.
     s |= {name: value(s) for name, value in s.items() if callable(value)}
     # --overfit takes images as they are.
     if s['overfit'] and 'dense_o2o' not in given:
@@ -242,7 +241,7 @@ def scheme_of(settings):
 
 
 def architecture(settings, num_classes):
-    """The arguments of HybridDETR, which a checkpoint remembers."""
+    """The arguments of HybridDETR, which a checkpoint stores."""
     model = settings['model']
     switches = [name for name in HybridDETR.__init__.__annotations__ if name in settings]
     return dict(num_classes=num_classes, softmax=settings['cls_loss'] == 'ce',
@@ -254,7 +253,7 @@ def architecture(settings, num_classes):
 
 
 class Recipe(NamedTuple):
-    """What a step needs of the settings, besides its groups."""
+    """Settings of a step, besides its groups."""
     cost: Cost
     loss: LossSettings
     denoising: int  # noisy ground truths of an image; 0 is none
@@ -268,12 +267,12 @@ class Plan:
     def __init__(self, settings, images, world):
         self.batch_size = min(settings['batch_size'], images)  # in each process
         self.step_images = self.batch_size * world * settings['accumulate']
-        # Steps of an epoch, rounded down. The loader uses every image.
+        # Rounded down, but the loader uses every image.
         self.epoch = max(1, images // self.step_images)
         self.steps = settings['steps'] or math.ceil(settings['epochs'] * self.epoch)
         every = settings['eval_every']
         self.eval_every = math.ceil(every * self.epoch if every else self.steps / 3)
-        # About an epoch, in multiples of LOG_EVERY.
+        # An epoch, rounded up to a multiple of LOG_EVERY.
         self.save_every = LOG_EVERY * math.ceil(self.epoch / LOG_EVERY)
 
     def is_evaluated(self, done):
@@ -285,8 +284,7 @@ class Plan:
 def train(settings, folder, checkpoint, machine):
     """Train, evaluate and save, from the first step to the last.
 
-    folder: where the run is written. checkpoint: the content of a
-    resumed run's file, or None.
+    checkpoint: the content of a resumed run's file, or None.
     """
     torch.manual_seed(settings['seed'])
     train_set, val_set = open_data(settings)
@@ -294,7 +292,7 @@ def train(settings, folder, checkpoint, machine):
     design = architecture(settings, len(train_set.categories))
     model, average, optimizer, start = model_and_optimizer(
         settings, design, folder, checkpoint, machine)
-    # What is evaluated and saved, and what computes the gradients.
+    # `evaluated` is saved. `parallel` computes the gradients.
     evaluated, parallel = average or model, model
     if machine.world > 1:
         dist.init_process_group('nccl' if machine.on_gpu else 'gloo')
@@ -319,21 +317,21 @@ def train(settings, folder, checkpoint, machine):
                disable=machine.rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
 
     for step in bar:
-        # `step` alone decides learning rate, groups, images,
-        # dropout and noise. So on a CPU, a resumed run equals an
-        # uninterrupted one to the bit. (CUDA sums in any order.)
+        # `step` alone decides learning rate, groups, images, dropout
+        # and noise. On a CPU, a resumed run therefore equals an
+        # uninterrupted one to the bit.
         progress, done = step / plan.steps, step + 1
         for parameters in optimizer.param_groups:
             parameters['lr'] = parameters['base_lr'] * lr_factor(settings, progress)
         torch.manual_seed((settings['seed'] * plan.steps + step) * machine.world + machine.rank)
-        # In the decoder, a scheme is nothing but this list.
+        # In the decoder, this list is the whole scheme.
         groups = query_groups(progress=progress, **scheme_of(settings))
 
         batches = [next(loader) for _ in range(accumulate)]
         num_boxes = boxes_of_step(batches, machine)
 
         optimizer.zero_grad()
-        # name -> sum over the batches of this step
+        # name -> sum over the batches
         numbers = {}
         for i, batch in enumerate(batches):
             # DDP: exchange gradients once a step.
@@ -343,20 +341,18 @@ def train(settings, folder, checkpoint, machine):
                                        num_boxes)
             except (TooFewTokens, FloatingPointError) as error:
                 raise failed(step, error, batch.names) from None
-            # Adds to the gradients of earlier batches.
+            # The gradients of the batches add up.
             sum(parts.values()).backward()
             for name, value in (parts | stats).items():
                 numbers[name] = numbers.get(name, 0) + value.detach()
-        # The losses of all layers are summed, so clipping at 0.1
-        # acts at nearly every step.
+        # The losses of all layers are summed, so 0.1 clips nearly always.
         numbers['gradient_norm'] = nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
         optimizer.step()
         if average:
             update_average(average, model, done, settings['ema'],
                            pick(AVERAGE_WARMUP, settings['model'] == 'tiny'))
 
-        # Speed: the numbers stay on the device until they are logged,
-        # or the CPU would wait for the GPU.
+        # Speed: the numbers stay on the GPU until they are logged.
         names = [name for batch in batches for name in batch.names]
         journal.recent.append((step, numbers, names))
         # Read once: Ctrl-C may come at any time.
@@ -374,7 +370,7 @@ def train(settings, folder, checkpoint, machine):
             print(f'\nstopped after step {done}: python train.py --resume '
                   f'{shlex.quote(str(folder))} goes on')
             sys.exit(128 + INTERRUPTS[0])
-        # After saving: an evaluation that fails loses nothing.
+        # The model is saved, so a failed evaluation loses nothing.
         if plan.is_evaluated(done):
             journal.evaluate(done, evaluated, val_set, settings)
 
@@ -383,8 +379,8 @@ def train(settings, folder, checkpoint, machine):
         evaluation.draw_predictions(evaluated, val_set, val_set.categories.ids, picture)
         print(f'look at {picture}')
     if machine.world > 1:
-        # Delete the model before the process group that it uses,
-        # or their threads may wait for each other.
+        # Delete the model before its process group, or threads of
+        # both may wait for each other.
         del parallel
         dist.destroy_process_group()
 
@@ -408,18 +404,16 @@ def loss_of(model, batch, groups, recipe, num_boxes):
         groups = [*groups, noised.query_group(len(detector.decoder))]
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.amp):
         outputs = model(batch.images, batch.padding_mask, noised=noised)
-    # Matching and loss need float32: bfloat16 keeps 8 digits
-    # (bits), so many costs would be equal.
+    # In bfloat16, with 8 significant bits, many costs would be equal.
     outputs = Outputs(*(x.float() for x in outputs))
-    # The encoder's proposals are matched and trained as well: the
-    # best of them become queries.
+    # The encoder is trained as well: its best proposals become queries.
     heads = max(1, len(detector.encoder_class_heads))  # E (one-stage: 1)
     tokens = outputs.encoder_logits.shape[2] // heads  # S
-    proposals = encoder_groups(groups, heads, tokens)  # how E*S is cut
+    proposals = encoder_groups(groups, heads, tokens)  # groups of E*S
     matches, encoder_matches = match(*outputs, *truths, groups, proposals, recipe.cost)
     parts, iou = criterion(outputs, *truths, matches, encoder_matches, groups, proposals,
                            num_boxes, recipe.loss)
-    # ce is a mean over its own batch, not over num_boxes.
+    # ce is a mean over its batch, so batches are averaged.
     if recipe.loss.cls_loss == 'ce':
         parts['class'] = parts['class'] / recipe.accumulate
     return parts, matching_stats(outputs, matches, torch.cat(batch.gt_labels), iou,
@@ -429,9 +423,8 @@ def loss_of(model, batch, groups, recipe, num_boxes):
 def boxes_of_step(batches, machine):
     """The number of boxes that divides the loss of a step.
 
-    All batches of a step count together, so that every box has the
-    same weight. The number is a mean over processes, as gradients
-    are.
+    All batches of a step count together, so every box has the same
+    weight. The number is averaged over processes, as gradients are.
     """
     num_boxes = float(sum(len(boxes) for batch in batches for boxes in batch.gt_boxes))
     if machine.world > 1:
@@ -446,8 +439,7 @@ def boxes_of_step(batches, machine):
 def lr_factor(settings, progress):
     """The factor of the learning rate at `progress` 0..1 of training."""
     schedule, warmup = settings['schedule'], settings['warmup']
-    # Warm-up: at first Adam has seen too few gradients to know
-    # the scale of its steps.
+    # Warm-up: at first Adam knows too few gradients to scale steps.
     if progress < warmup and schedule == 'flat-cosine':
         # DEIM's code: the first step does nothing.
         return (progress / warmup) ** 2
@@ -458,11 +450,11 @@ def lr_factor(settings, progress):
         fall = 11 / 12 if (settings['epochs'] or 12) <= 12 else 5 / 6
         return 1.0 if progress < fall else 0.1
     if schedule == 'flat-cosine':
-        # DEIM's code, RT-DETRv2 R50: 1 until mosaic and mixup
-        # end, then along a cosine down to 1/2 at 58/60.
+        # DEIM's code: 1 until mosaic and mixup end, then a cosine
+        # down to 1/2 at 58/60 of training.
         flat, span, low = DENSE[1], 58 / 60 - DENSE[1], 0.5
     else:
-        # From 1 after the warm-up down to 0. 1e-9 if all is warm-up.
+        # A cosine from 1 after the warm-up to 0. 1e-9 avoids 0 / 0.
         flat, span, low = warmup, 1 - warmup + 1e-9, 0.0
     along = min(max((progress - flat) / span, 0.0), 1.0)
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * along))
@@ -470,10 +462,12 @@ def lr_factor(settings, progress):
 
 @torch.no_grad()
 def update_average(average, model, step, decay, warmup):
-    """average = d * average + (1-d) * model, as in DEIM's code.
+    """Update the moving average, as in DEIM's code.
 
-    d = decay * (1 - exp(-step / warmup)), and step counts from 1.
-    d starts near 0, so that the first weights are forgotten.
+        average = d * average + (1-d) * model
+        d = decay * (1 - exp(-step / warmup)),   step = 1, 2, ...
+
+    At first d is near 0, so the initial weights are forgotten.
     """
     d = decay * (1 - math.exp(-step / warmup))
     # state_dict() holds the tensors themselves, not copies.
@@ -487,7 +481,7 @@ def update_average(average, model, step, decay, warmup):
 # --- The start of a run ---
 
 def open_data(settings):
-    """-> training set, validation set.
+    """Open the training set and the validation set.
 
     Raises UserError if their categories differ.
     """
@@ -506,10 +500,10 @@ def open_data(settings):
 
 
 def conditions_of(checkpoint, folder, train_set, machine):
-    """What a checkpoint keeps beside the settings.
+    """Return what a checkpoint keeps beside the settings.
 
-    A resumed run may have another number of images. Its epochs
-    keep their length. Raises UserError if anything else differs.
+    The number of images may change, but epochs keep their length.
+    Raises UserError if anything else differs.
     """
     amp, categories = machine.amp, train_set.categories
     if amp is None:
@@ -532,9 +526,9 @@ def conditions_of(checkpoint, folder, train_set, machine):
 
 
 def model_and_optimizer(settings, design, folder, checkpoint, machine):
-    """-> model, its moving average or None, optimizer, step.
+    """Return model, moving average (or None), optimizer and step.
 
-    They are new, or as they were in `checkpoint`.
+    They are new, or come from `checkpoint`.
     Raises UserError for an unknown backbone.
     """
     try:
@@ -546,7 +540,7 @@ def model_and_optimizer(settings, design, folder, checkpoint, machine):
     model.to(machine.device).train()
     model.checkpoint_activations = machine.checkpoint_activations
     if settings['fixed_encoder']:
-        # In train() its batch norm would still change.
+        # In train() batch norm would still change.
         for module in parts_of(model.named_modules(), settings['init_part']).values():
             module.eval()
         for weight in parts_of(model.named_parameters(), settings['init_part']).values():
@@ -567,8 +561,8 @@ def model_and_optimizer(settings, design, folder, checkpoint, machine):
 def load_initial(model, settings):
     """Load the weights of --init and of ImageNet, if asked for.
 
-    Weights of --init, own or official, are taken if name and shape
-    fit. A backbone is taken whole or not: half would mix two networks.
+    Entries of --init are taken if name and shape fit. The file may
+    be official. A backbone is taken whole or not at all.
     Raises UserError for weights that are missing or do not fit.
     """
     path, part, taken = settings['init'], settings['init_part'], {}
@@ -580,6 +574,7 @@ def load_initial(model, settings):
         theirs = {names.get(name, name): x for name, x in theirs.items()}
         taken = {name: x for name, x in theirs.items()
                  if name in ours and x.shape == ours[name].shape}
+        # A backbone that fits only in part is left out.
         if len({len(parts_of(x, 'backbone')) for x in (ours, theirs, taken)}) > 1:
             taken = {name: x for name, x in taken.items() if not name.startswith('backbone')}
         taken = parts_of(taken, part)
@@ -603,7 +598,7 @@ def load_initial(model, settings):
 def pretrain_backbone(path, workers, steps=300):
     """Train tiny's backbone to classify shapes, and write it for --init.
 
-    They are cut from images that no run with a lower seed has.
+    The shapes are cut from images of the largest seed.
     """
     torch.manual_seed(0)
     backbone, right = TinyBackbone(), []
@@ -611,6 +606,7 @@ def pretrain_backbone(path, workers, steps=300):
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], 1e-3)
     images = ShapesDataset(length=16 * steps, seed=2 ** 31 - 1)
     for batch in tqdm(train_loader(images, 16, steps, workers), total=steps):
+        # Cut out each object, and resize it to 32 x 32 pixels.
         corners = [box_convert(x, 'cxcywh', 'xyxy') * images.size for x in batch.gt_boxes]
         crops = roi_align(batch.images, corners, 32, aligned=True)  # last map: 1 x 1 cell
         logits, labels = head(backbone(crops)[-1].flatten(1)), torch.cat(batch.gt_labels)
@@ -620,17 +616,17 @@ def pretrain_backbone(path, workers, steps=300):
         right += (logits.argmax(1) == labels).tolist()
         if INTERRUPTS:
             raise KeyboardInterrupt
-    # No image came twice: the shapes were unseen.
+    # Every image came once, so these shapes were unseen.
     print(f'{path}: accuracy of the last shapes {torch.tensor(right[-3000:]).float().mean():.1%}')
     model = {f'backbone.{name}': x for name, x in backbone.state_dict().items()}
     replace(Path(path), lambda part: torch.save({'model': model}, part))
 
 
 def processes():
-    """-> rank, world, number of the GPU, from the variables that torchrun sets.
+    """Read rank, world and GPU number from torchrun's variables.
 
-    An empty variable counts as unset. Raises UserError if several
-    processes lack one.
+    An empty variable counts as unset. LOCAL_RANK is then 0.
+    Raises UserError if several processes lack another.
     """
     values = dict(WORLD_SIZE='1', RANK='', LOCAL_RANK='0', MASTER_PORT='', MASTER_ADDR='')
     values = {name: os.environ.get(name) or default for name, default in values.items()}
@@ -645,7 +641,7 @@ def processes():
 
 
 def describe(settings, folder, plan, start, machine):
-    """Print what will happen: steps, settings beyond the defaults, groups."""
+    """Print steps, settings that are not defaults, and groups."""
     plain = complete({name: settings[name] for name in ('model', 'data')})
     print(f'{folder}: steps {start} to {plan.steps} of {plan.step_images} images on',
           machine.device, *(flag(name, value) for name, value in settings.items()
@@ -664,25 +660,24 @@ def describe(settings, folder, plan, start, machine):
 class Journal:
     """The numbers of the last steps, and metrics.jsonl.
 
-    The first process writes a line for every LOG_EVERY steps and
-    one for every evaluation. resumed_at: the step of the
-    checkpoint, or None.
+    The first process writes a line every LOG_EVERY steps and after
+    every evaluation. resumed_at: step of the checkpoint, or None.
     """
 
     def __init__(self, folder, plan, machine, resumed_at):
         self.file, self.plan, self.machine = folder / 'metrics.jsonl', plan, machine
-        self.recent = []  # (step, numbers, names of the images) of the last steps
+        self.recent = []  # (step, numbers, image names) of the last steps
         self.since = time.perf_counter()
         # 'x' refuses a folder in which another run has begun.
         self.mode, records = 'x', []
         if resumed_at is not None:
-            # What was logged after the checkpoint happens again.
+            # Steps after the checkpoint run again: drop their lines.
             self.mode, records = 'a', [x for x in evaluation.read_metrics(self.file)
                                        if x['step'] <= resumed_at]
         self.lacks_evaluation = not any(x['step'] == resumed_at and 'AP' in x for x in records)
         if machine.rank > 0:
             return
-        # A folder that cannot be written fails now, not later.
+        # Fail now if the folder cannot be written.
         there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
         tempfile.TemporaryFile(dir=there).close()
         if records:
@@ -690,11 +685,11 @@ class Journal:
             replace(self.file, lambda part: part.write_text(text))
 
     def log(self, done, optimizer, models):
-        """Write the means of the last steps: -> those to be shown.
+        """Write the means of the last steps, and return some to show.
 
         Raises UserError for a number or a weight that is not finite.
         """
-        # (steps, numbers), in one copy from the GPU.
+        # Speed: one copy from the GPU, (steps, numbers).
         table = torch.stack([torch.stack([*numbers.values()]).float()
                              for _, numbers, _ in self.recent]).cpu()
         for row, column in (~table.isfinite()).nonzero().tolist():
@@ -707,12 +702,12 @@ class Journal:
             'gradient_norm', 'pairs', 'matched', 'iou', 'score', 'best_unmatched'))
         # Perhaps no image had an object.
         matched = max(matched, 1e-9)
-        # Of a step, in this process.
+        # Images of a step in this process.
         images = plan.step_images / self.machine.world
         seconds = (time.perf_counter() - self.since) / len(self.recent)
         record = {
             'loss': sum(mean.values()), **mean, 'gradient_norm': norm,
-            # Mean of sums over mean of counts: every pair counts the same.
+            # A ratio of means gives every pair the same weight.
             'matched_iou': iou / matched, 'matched_score': score / matched,
             # Mean over batches.
             'best_unmatched_score': best / (images / plan.batch_size),
@@ -728,7 +723,7 @@ class Journal:
         """Evaluate the model after `done` steps, print and write the result."""
         machine, ids = self.machine, val_set.categories.ids
         if machine.world > 1:
-            # Each process has its own batch norm. The first one's counts.
+            # Each process has its own batch norm. Take the first's.
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         metrics, _, _ = evaluation.evaluate(
@@ -742,7 +737,7 @@ class Journal:
         self.write(done, metrics)
 
     def write(self, done, record):
-        """Append a line to metrics.jsonl. The clock of the steps starts anew."""
+        """Append a line to metrics.jsonl, and restart the clock."""
         if self.machine.rank == 0:
             record = {'step': done, 'epoch': round(done / self.plan.epoch, 3), **record}
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -761,8 +756,8 @@ def failed(step, text, images):
 def replace(path, write):
     """Write a file beside `path`, then rename it.
 
-    So nobody ever finds half a file. Raises UserError, and keeps
-    the old file, if that fails.
+    So `path` is never half a file. Raises UserError and keeps the
+    old file if this fails.
     """
     part = path.with_suffix('.part')
     try:
@@ -775,23 +770,23 @@ def replace(path, write):
 
 @contextlib.contextmanager
 def reading(folder):
-    """Turn whatever a damaged checkpoint raises into one line."""
+    """Turn any error of a damaged checkpoint into one line."""
     try:
         yield
-    except Exception as error:  # somebody's file may hold anything
+    except Exception as error:  # a file may hold anything
         text = ' '.join(f'{type(error).__name__} {error}'.split())[:200]
         raise UserError(f'{folder} has a damaged or old checkpoint: {text}') from None
 
 
 def restore(checkpoint, model, average, optimizer):
-    """Fill in weights and moments from a checkpoint: -> its step."""
+    """Load weights and Adam's moments, and return the step."""
     (average or model).load_state_dict(checkpoint['model'])
     if average:
         model.load_state_dict(checkpoint['trained_model'])
     parameters = [x for group in optimizer.param_groups for x in group['params']]
     for index, parameter in enumerate(parameters):
         saved = checkpoint['optimizer']['state'][index]
-        # Fresh tensors: the fused optimizer meets no foreign memory.
+        # copy_ checks the shape. Fused AdamW does not.
         state = {'step': torch.zeros((), device=parameter.device),
                  'exp_avg': torch.zeros_like(parameter), 'exp_avg_sq': torch.zeros_like(parameter)}
         optimizer.state[parameter] = {name: x.copy_(saved[name]) for name, x in state.items()}
@@ -799,10 +794,10 @@ def restore(checkpoint, model, average, optimizer):
 
 
 def read_run(folder, given):
-    """-> settings and checkpoint of the run in `folder`.
+    """Read settings and checkpoint of the run in `folder`.
 
-    Raises UserError if it is not a run, or if a flag other than
-    --data differs from it.
+    Raises UserError if there is no run, or if a flag other than
+    --data differs.
     """
     checkpoint = evaluation.read_checkpoint(folder / 'checkpoint.pt')
     with reading(folder):
@@ -823,8 +818,7 @@ def read_run(folder, given):
 
 
 def new_folder(out, scheme):
-    """--out, or the first of runs/SCHEME, runs/SCHEME_2, ...
-    without a run.
+    """Return --out, or the first free of runs/SCHEME, _2, _3, ...
 
     Raises UserError if --out holds a run.
     """
@@ -838,16 +832,16 @@ def new_folder(out, scheme):
 
 # --- Ctrl-C and SIGTERM ---
 
-# The signals so far. `docker stop` and SLURM send SIGTERM.
+# Signals received. `docker stop` and SLURM send SIGTERM.
 INTERRUPTS = []
 
 
 def note_interrupt(number, _frame):
-    """Let the step in progress end: half of one cannot be saved.
+    """Note a signal. The run stops after the step in progress.
 
-    A later Ctrl-C ends the run at once. Several processes end at
-    the first signal: they would stop at different steps and wait
-    for each other.
+    A second Ctrl-C ends the run at once. Several processes end at
+    the first signal. Otherwise they would stop at different steps
+    and wait for each other.
     """
     INTERRUPTS.append(number)
     is_later = number == signal.SIGINT and len(INTERRUPTS) > 1
@@ -858,20 +852,22 @@ def note_interrupt(number, _frame):
 # --- The command ---
 
 def parse(argv=None):
-    """-> the settings that were given, and the flags that are no settings."""
+    """Parse the flags. Return the given settings, and all flags."""
     parser = evaluation.Parser(description=__doc__.splitlines()[0])
     add_settings(parser)
     add = parser.add_argument_group('files and machine').add_argument
-    add('--workers', type=evaluation.number(int, 0, 256), default=2, help='loading processes')
-    add('--device', choices=evaluation.DEVICES, default=evaluation.DEVICES[-1])
-    add('--out', help='folder of the run (default runs/SCHEME, or the next free)')
-    add('--resume', metavar='RUN', help='go on with the run in this folder')
+    add('--workers', type=evaluation.number(int, 0, 256), default=2,
+        help='processes that load images (default 2)')
+    add('--device', choices=evaluation.DEVICES, default=evaluation.DEVICES[-1],
+        help='default %(default)s')
+    add('--out', help='run folder (default runs/SCHEME, or the next free)')
+    add('--resume', metavar='RUN', help='continue the run in this folder')
     add('--pretrain-backbone', metavar='FILE',
-        help="write tiny's backbone, trained on shapes, for --init")
-    add('--samples', metavar='FILE', help='only draw what this run would train on')
+        help="only train tiny's backbone on shapes, for --init")
+    add('--samples', metavar='FILE', help='only draw training images with boxes (PNG)')
     add('--amp', action=argparse.BooleanOptionalAction,
-        help='forward pass in bfloat16 (default where CUDA computes in it)')
-    add('--compile', action='store_true', help='compile deformable attention, for CUDA')
+        help='forward pass in bfloat16 (default if the GPU has it)')
+    add('--compile', action='store_true', help='compile deformable attention (for CUDA)')
     add('--checkpoint-activations', action='store_true', help='less memory, slower')
     flags = parser.parse_args(argv)
     return {name: value for name, value in vars(flags).items() if name in ROWS}, flags
@@ -884,7 +880,7 @@ def main(argv=None):
     machine.device = torch.device(f'cuda:{local_rank}' if machine.on_gpu else 'cpu')
     if machine.on_gpu:
         torch.cuda.set_device(machine.device)
-        # TF32 in training.
+        # Allow TF32 in training.
         torch.set_float32_matmul_precision('high')
     if machine.resume and machine.out:
         raise UserError(f'--out {machine.out}: not with --resume')

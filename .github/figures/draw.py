@@ -1,11 +1,12 @@
-"""Draw the README's pictures of the schemes and of the losses, and final AP over training time.
+"""Draw the pictures of the schemes, of the losses, and of several runs.
 
     python .github/figures/draw.py [FOLDER]
-    python .github/figures/draw.py FOLDER RUNS
+    python .github/figures/draw.py FOLDER seconds SCHEME-STEPS-SEED ...
+    python .github/figures/draw.py FOLDER unstable NAME-SEED ...
 
 The first command writes schemes.png (the toy of matchers.py in every scheme) and losses.png (the
-curves of losses.py) into FOLDER, or beside this file. The second writes seconds.png, from the runs
-SCHEME-STEPS-SEED in the folder RUNS.
+curves of losses.py) into FOLDER, or beside this file. The second writes seconds.png: the final AP
+of runs over their training time. The third writes unstable.png: the unstable score of runs.
 """
 import sys
 from collections import defaultdict
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
+SPREAD = np.mean, np.min, np.max   # over seeds
 sys.path.insert(0, str(HERE.parents[1]))   # the root of the project
 
 from eval import line_chart, read_metrics
@@ -137,14 +139,14 @@ def draw_losses(path: Path) -> None:
     image.reduce(2).save(path)
 
 
-def draw_seconds(runs: Path, path: Path) -> None:
-    """Draw the final AP of runs over their training time, a line for each scheme.
+def draw_seconds(runs: list[Path], path: Path) -> None:
+    """Draw the final AP of runs SCHEME-STEPS-SEED over their time, a line for each scheme.
 
     The time is the number of steps times the scheme's fastest `seconds_per_step`, since other
     processes may have slowed a run. A line is a mean over seeds, with the lowest and the highest.
     """
     ends, speed = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for folder in sorted(runs.iterdir()):
+    for folder in runs:
         scheme, steps, _ = folder.name.split('-')
         records = read_metrics(folder / 'metrics.jsonl')
         ends[scheme][int(steps)].append(records[-1]['AP'])
@@ -152,9 +154,20 @@ def draw_seconds(runs: Path, path: Path) -> None:
     lines = {}
     for scheme, lengths in ends.items():
         steps, aps = zip(*sorted(lengths.items()))
-        lines[scheme] = (min(speed[scheme]) * np.array(steps),
-                         *(np.array([f(seeds) for seeds in aps]) for f in (np.mean, min, max)))
+        seconds = min(speed[scheme]) * np.array(steps)
+        lines[scheme] = seconds, *(np.array([f(seeds) for seeds in aps]) for f in SPREAD)
     line_chart(lines, ('seconds of a whole training', 'AP'), path)
+
+
+def draw_unstable(runs: list[Path], path: Path) -> None:
+    """Draw the last unstable score of runs NAME-SEED over the decoder layers, a line per NAME."""
+    scores = defaultdict(list)
+    for folder in runs:
+        records = read_metrics(folder / 'metrics.jsonl')
+        scores[folder.name.rpartition('-')[0]].append(records[-1]['unstable'])
+    lines = {name: (np.arange(len(seeds[0])) + 1, *(f(seeds, 0) for f in SPREAD))
+             for name, seeds in scores.items()}
+    line_chart(lines, ('decoder layer', '% of objects that change their query'), path)
 
 
 if __name__ == '__main__':
@@ -162,9 +175,8 @@ if __name__ == '__main__':
     if not folder.is_dir():
         sys.exit(f'{folder}: is no folder')
     if len(sys.argv) > 2:
-        draw_seconds(Path(sys.argv[2]), folder / 'seconds.png')
-        print(f'picture: {folder / "seconds.png"}')
+        draw = {'seconds': draw_seconds, 'unstable': draw_unstable}[sys.argv[2]]
+        draw([Path(run) for run in sys.argv[3:]], folder / f'{sys.argv[2]}.png')
     else:
         draw_schemes(folder / 'schemes.png')
         draw_losses(folder / 'losses.png')
-        print(f'pictures: {folder / "schemes.png"}, {folder / "losses.png"}')
