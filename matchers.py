@@ -204,9 +204,9 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
         softmax (DETR, DEIM slides Eq. 2): class = -p, or -p * s'^f2
 
     `class` is the focal loss as a match minus the focal loss as background (code of
-    Deformable DETR; Stable-DINO Eq. 2, without alpha). Each pair has its own s'.
-    Stable-DINO's code keeps one s' per query and class, so later boxes overwrite
-    earlier ones.
+    Deformable DETR; Stable-DINO Eq. 2, without alpha). Both logs add 1e-8, as in all
+    official codes. Each pair has its own s'. Stable-DINO's code keeps one s' per query
+    and class, so later boxes overwrite earlier ones.
     """
     # Compute in float32: 1e-8 underflows in float16, and bfloat16 has steps of 1/256
     # near p = 1.
@@ -229,7 +229,6 @@ def matching_cost(pred_logits: Tensor, pred_boxes: Tensor, gt_labels: Tensor, gt
     else:
         without_alpha = settings.kind == 'stable' and not settings.official
         alpha, rest = (1.0, 1.0) if without_alpha else (0.25, 0.75)
-        # All official codes add 1e-8.
         as_match = alpha * (1 - p) ** 2 * -(p + 1e-8).log()
         as_background = rest * p ** 2 * -(1 - p + 1e-8).log()
         class_cost = as_match - as_background

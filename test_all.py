@@ -506,6 +506,7 @@ class TestExercises(unittest.TestCase):
              '0 - 5/9, where 5/9 is the empty part of the hull.'),
             ([0, 0], [0.8, 0.9, 0.1, 0.2], 0, half + 5 + 86 / 63, 'Boxes apart in x and in y: '
              'clamp width and height of the overlap at 0, not their product.'),
+            ([40, 0], at, 0, 1.5 * math.log(1e-8) - 2, 'Score 1: both logs add 1e-8.'),
         ):
             cost = self.call(why, matching_cost, torch.tensor([[logits]]).float(),
                              torch.tensor([[box]]), torch.tensor([label]), torch.tensor([at]))
