@@ -584,16 +584,16 @@ def line_chart(lines: dict, names, path):
     image = Image.new('RGB', (1600, bottom + 140), 'white')
     pen, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.load_default(40)
     for tick in np.linspace(0, 1, 6):
-        x, y = 150 + 1410 * tick, bottom - 950 * tick
+        x, y = 150 + 1390 * tick, bottom - 950 * tick
         pen.line((x, top, x, bottom), '#DDDDDD', 2)
         pen.text((x, bottom + 50), f'{tick * right:.4g}', 'black', font, 'ms')
-        pen.line((150, y, 1560, y), '#DDDDDD', 2)
+        pen.line((150, y, 1540, y), '#DDDDDD', 2)
         pen.text((134, y), f'{tick * highest:.2g}', 'black', font, 'rm')
-    pen.text((855, bottom + 120), names[0], 'black', font, 'ms')
+    pen.text((845, bottom + 120), names[0], 'black', font, 'ms')
     pen.text((20, top - 40), names[1], 'black', font, 'lm')
     for i, (text, (x, *ys)) in enumerate(lines.items()):
         colour, height = COLOURS[i % len(COLOURS)], 40 + 50 * i
-        across = 150 + 1410 * np.array(x) / right
+        across = 150 + 1390 * np.array(x) / right
         points, *edges = (list(zip(across, bottom - 950 * y / highest)) for y in ys)
         if edges:
             pen.polygon(edges[0] + edges[1][::-1], colour + '40', colour, 2)
