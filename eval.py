@@ -647,7 +647,7 @@ def compare(folders: list[str], picture=None):
     Folders NAME-1, NAME-2, ... are seeds of NAME. They make one row and
     one line, with mean, lowest and highest value. memory_gb is the
     lowest logged peak, since later peaks include evaluations.
-    Raises UserError without evaluation, or for seeds with other steps.
+    Raises UserError without evaluation, or if seeds differ in steps.
     """
     seeds, lines = {}, {}
     for folder in dict.fromkeys(map(Path, folders)):

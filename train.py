@@ -500,7 +500,7 @@ def open_data(settings):
 
 
 def conditions_of(checkpoint, folder, train_set, machine):
-    """Return what a checkpoint keeps beside the settings.
+    """Return what a checkpoint keeps besides the settings.
 
     The number of images may change, but epochs keep their length.
     Raises UserError if anything else differs.
