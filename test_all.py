@@ -1692,8 +1692,8 @@ class TestTraining(Commands):
                 parts = [loss[prefix + part] for prefix in ('', 'encoder_')
                          for part in ('class', 'l1', 'giou')]
                 self.assertAlmostEqual(sum(parts), loss['loss'], places=3)
-                printed = self.evaluate(f'--weights ROOT/{out}/checkpoint.pt')
-                self.assertIn(f'] = {metrics["AP50"]:.3f}', printed, 'same images')
+        printed = self.evaluate(f'--weights ROOT/{out}/checkpoint.pt')
+        self.assertIn(f'] = {metrics["AP50"]:.3f}', printed, 'same images')
         logged = (self.root / out / 'metrics.jsonl').read_text()
         line = json.loads(logged.splitlines()[0])
         self.assertAlmostEqual(line['images_per_second'] * line['seconds_per_step'], 2)

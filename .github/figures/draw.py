@@ -2,10 +2,11 @@
 
     python .github/figures/draw.py [FOLDER]
     python .github/figures/draw.py FOLDER seconds SCHEME-STEPS-SEED ...
+    python .github/figures/draw.py FOLDER unstable NAME-SEED ...
 
 The first command writes schemes.png (the toy of matchers.py in every scheme) and losses.png (the
 curves of losses.py) into FOLDER, or beside this file. The second writes seconds.png: the final AP
-of runs over their training time.
+of runs over their training time. The third writes unstable.png: the unstable score of runs.
 """
 import sys
 from collections import defaultdict
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
+SPREAD = np.mean, np.min, np.max   # over seeds
 sys.path.insert(0, str(HERE.parents[1]))   # the root of the project
 
 from eval import line_chart, read_metrics
@@ -153,17 +155,28 @@ def draw_seconds(runs: list[Path], path: Path) -> None:
     for scheme, lengths in ends.items():
         steps, aps = zip(*sorted(lengths.items()))
         seconds = min(speed[scheme]) * np.array(steps)
-        spread = [np.array([f(seeds) for seeds in aps]) for f in (np.mean, np.min, np.max)]
-        lines[scheme] = seconds, *spread
+        lines[scheme] = seconds, *(np.array([f(seeds) for seeds in aps]) for f in SPREAD)
     line_chart(lines, ('seconds of a whole training', 'AP'), path)
+
+
+def draw_unstable(runs: list[Path], path: Path) -> None:
+    """Draw the last unstable score of runs NAME-SEED over the decoder layers, a line per NAME."""
+    scores = defaultdict(list)
+    for folder in runs:
+        records = read_metrics(folder / 'metrics.jsonl')
+        scores[folder.name.rpartition('-')[0]].append(records[-1]['unstable'])
+    lines = {name: (np.arange(len(seeds[0])) + 1, *(f(seeds, 0) for f in SPREAD))
+             for name, seeds in scores.items()}
+    line_chart(lines, ('decoder layer', '% of objects that change their query'), path)
 
 
 if __name__ == '__main__':
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     if not folder.is_dir():
         sys.exit(f'{folder}: is no folder')
-    if sys.argv[2:3] == ['seconds']:
-        draw_seconds([Path(run) for run in sys.argv[3:]], folder / 'seconds.png')
+    if len(sys.argv) > 2:
+        draw = {'seconds': draw_seconds, 'unstable': draw_unstable}[sys.argv[2]]
+        draw([Path(run) for run in sys.argv[3:]], folder / f'{sys.argv[2]}.png')
     else:
         draw_schemes(folder / 'schemes.png')
         draw_losses(folder / 'losses.png')
