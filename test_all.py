@@ -1634,6 +1634,12 @@ class Commands(InFolder):
     def patch(self, *arguments, **keywords):
         return self.enterContext(mock.patch.object(*arguments, **keywords))
 
+    def skip_evaluation(self):
+        """Speed: for tests of many runs."""
+        self.patch(evaluation, 'val_loader', return_value=[])
+        self.patch(evaluation, 'inference_gflops', return_value=0)
+        self.patch(evaluation, 'save_grid')
+
     def run_command(self, command, flags):
         with quiet() as printed:
             command.main(flags.replace('ROOT', str(self.root)).split())
@@ -1705,9 +1711,7 @@ class TestTraining(Commands):
 
     def test_switches_reach_the_computation(self):
         """A change of any setting changes what is logged or saved."""
-        self.patch(evaluation, 'val_loader', return_value=[])  # no evaluation: they are many runs
-        self.patch(evaluation, 'inference_gflops', return_value=0)
-        self.patch(evaluation, 'save_grid')
+        self.skip_evaluation()
         folders, changed = map(str, itertools.count()), set()
 
         @functools.cache
@@ -1743,7 +1747,7 @@ class TestTraining(Commands):
                 self.train(flags, stopped)
             with (self.root / stopped / 'metrics.jsonl').open('a') as file:
                 file.write('{"step": 2, "loss": 1}\n{"step": 3, "lo')  # lost in a crash
-            self.assertIn('steps 1 to 3', self.train(f'--resume ROOT/{stopped} --workers 2'))
+            self.assertIn('steps 1 to 3', self.train(f'--resume ROOT/{stopped} --workers {2 * i}'))
             self.assertEqual(self.records(stopped), self.records(whole))
             one, two = self.checkpoint(stopped), self.checkpoint(whole)
             torch.testing.assert_close([*tensors(one)], [*tensors(two)], rtol=0, atol=0)
@@ -1835,6 +1839,7 @@ class TestTraining(Commands):
                          ['checkpoint.pt', 'metrics.jsonl'])
 
     def test_init(self):
+        self.skip_evaluation()
         coco_folder(self.root / 'coco')
         self.train('--steps 1')
         run = self.checkpoint()['model']
